@@ -1,0 +1,161 @@
+"""LoRA (arXiv:2106.09685): low-rank updates beside frozen linear maps; rank-stabilized scale (arXiv:2312.03732).
+
+The pass changes structure; `initialize` draws the updates; `merge` adds them into the base and takes the pass away,
+`unmerge` takes them out again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..core.errors import ConfigError, TriviumError, unknown
+from ..core.seed import generator
+from ..models.transformer import TransformerModel
+from ..nn.adapted import AdaptedLinear, LowRank
+from .passes import Pass, linears, matches, replace_module, select
+
+
+class LoRA(Pass):
+    """W + (alpha / rank) B A on chosen linear maps; only A and B are trained."""
+
+    kind: Literal["lora"] = "lora"
+    name: str = Field("default", pattern=r"^[A-Za-z_][\w-]*$", description="what the adapter is called; several can be loaded")
+    rank: int = Field(16, gt=0, description="rank of each update")
+    alpha: float = Field(32.0, description="updates are scaled by alpha / rank")
+    rsqrt: bool = Field(False, description="scale by alpha / sqrt(rank) instead (rsLoRA)")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="module names or their endings, such as q or ffn.out")
+    ranks: Mapping[str, int] = Field({}, description="ranks of single maps, by name or ending")
+    alphas: Mapping[str, float] = Field({}, description="alphas of single maps, by name or ending")
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance of an input channel to be dropped on its way into A, in training")
+
+    @classmethod
+    def tiny(cls) -> LoRA:
+        return cls(rank=3, alpha=5.0, targets=("q", "ffn.out"), ranks={"q": 2})
+
+    def scale(self, rank: int, alpha: float) -> float:
+        return alpha / (math.sqrt(rank) if self.rsqrt else rank)
+
+    def change(self, model: TransformerModel) -> None:
+        chosen = select(model, self.targets, what=f"adapter {self.name!r}")
+        for field, patterns in (("ranks", self.ranks), ("alphas", self.alphas)):
+            for pattern in patterns:
+                if not any(matches(name, pattern) for name in chosen):
+                    raise ConfigError(f"adapter {self.name!r}: {field}: {pattern!r} matches none of the adapted maps", field=field, value=pattern)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for name, module in chosen.items():
+            if isinstance(module, AdaptedLinear):
+                adapted = module
+            else:
+                adapted = AdaptedLinear(module)
+                replace_module(model, name, adapted)
+            if self.name in adapted.lora:
+                raise ConfigError(f"an adapter called {self.name!r} is there already ({name}); give this one another name")
+            outputs, inputs = adapted.weight.shape
+            rank = _of(self.ranks, name, self.rank)
+            if rank > min(inputs, outputs):
+                raise ConfigError(f"adapter {self.name!r}: rank {rank} is above the size of {name} ({outputs} x {inputs})", field="rank", value=rank)
+            scale = self.scale(rank, _of(self.alphas, name, self.alpha))
+            adapted.lora[self.name] = LowRank(inputs, outputs, rank=rank, scale=scale, dropout=self.dropout, like=adapted.weight)
+
+
+def _of(patterns: Mapping[str, float], name: str, default: float):
+    """The entry whose pattern matches `name` (the longest wins), else the default."""
+    hits = sorted((pattern for pattern in patterns if matches(name, pattern)), key=len)
+    return patterns[hits[-1]] if hits else default
+
+
+def adapters(model: TransformerModel) -> dict[str, LoRA]:
+    """The LoRA passes on the model, by name, in order: their places are the numbers in `Inputs.adapters`."""
+    return {step.name: step for step in model.passes if isinstance(step, LoRA)}
+
+
+def updates(model: TransformerModel, name: str) -> dict[str, tuple[AdaptedLinear, LowRank]]:
+    """The linear maps that adapter `name` changes, with its update of each."""
+    known = adapters(model)
+    if name not in known:
+        raise TriviumError(unknown("adapter", name, known), value=name, choices=known)
+    return {path: (module, module.lora[name]) for path, module in linears(model).items() if isinstance(module, AdaptedLinear) and name in module.lora}  # type: ignore[misc]
+
+
+def initialize_adapter(model: TransformerModel, name: str = "default", *, seed: int) -> None:
+    """Draw adapter `name`: A uniform, B zero. Each matrix depends on the seed and its place alone."""
+    for path, (_, update) in updates(model, name).items():
+        update.reset(generator(seed, name, path))
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging changed, measured on given tokens, adapter beside the base against merged: the largest absolute
+    difference of logits, their standard deviation, the mean KL divergence in nats, and how often the likeliest token differs."""
+
+    adapter: str
+    maps: int
+    max_logit_difference: float
+    logit_deviation: float
+    mean_kl: float
+    argmax_changed: float
+    tokens: int
+
+    @property
+    def relative(self) -> float:
+        return self.max_logit_difference / max(self.logit_deviation, 1e-12)
+
+
+@torch.no_grad()
+def merge(model: TransformerModel, name: str = "default", *, probe: Tensor) -> MergeReport:
+    """Add adapter `name` into the base weights and take its pass away. `probe` [B, T]: tokens on which the difference
+    is measured. Sums are made in float32 and rounded once."""
+    model.eval()
+    chosen = updates(model, name)
+    before = model(probe).logits.float()
+    for path, (module, update) in chosen.items():
+        weight = module.base.weight
+        weight.copy_((weight.float() + update.delta()).to(weight.dtype))
+        _remove(model, path, module, name)
+    model.passes = tuple(step for step in model.passes if not (isinstance(step, LoRA) and step.name == name))
+    after = model(probe).logits.float()
+    before_log, after_log = before.log_softmax(-1), after.log_softmax(-1)
+    return MergeReport(
+        adapter=name,
+        maps=len(chosen),
+        max_logit_difference=(before - after).abs().max().item(),
+        logit_deviation=before.std().item(),
+        mean_kl=(before_log.exp() * (before_log - after_log)).sum(-1).mean().item(),
+        argmax_changed=(before.argmax(-1) != after.argmax(-1)).float().mean().item(),
+        tokens=probe.numel(),
+    )
+
+
+@torch.no_grad()
+def unmerge(model: TransformerModel, step: LoRA, tensors: Mapping[str, Tensor]) -> None:
+    """Undo a merge: subtract the updates again and put the adapter back beside the base. `tensors`: the adapter's
+    parameters by their names in the model. Exact up to the rounding of the base's dtype."""
+    step.apply(model)
+    own = dict(model.named_parameters())
+    for path, (module, update) in updates(model, step.name).items():
+        for part in ("A", "B"):
+            key = f"{path}.lora.{step.name}.{part}"
+            if key not in tensors:
+                raise TriviumError(f"the adapter has no tensor {key}")
+            own[key].copy_(tensors[key])
+        weight = module.base.weight
+        weight.copy_((weight.float() - update.delta()).to(weight.dtype))
+
+
+def _remove(model: TransformerModel, path: str, module: AdaptedLinear, name: str) -> None:
+    del module.lora[name]
+    if not len(module.lora):
+        replace_module(model, path, module.base)
+
+
+def adapter_tensors(model: TransformerModel, name: str = "default") -> dict[str, Tensor]:
+    """Adapter `name`'s parameters by their names in the model."""
+    return {f"{path}.lora.{name}.{part}": getattr(update, part) for path, (_, update) in updates(model, name).items() for part in ("A", "B")}

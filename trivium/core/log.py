@@ -1,0 +1,109 @@
+"""What a command says while it works: lines, tables and progress, all on stderr, so that stdout carries only answers.
+
+On a terminal progress is a live bar (rich); elsewhere it is a plain line every few seconds. NO_COLOR is respected.
+The stream is looked up at each call, so that redirecting `sys.stderr` works.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+PLAIN_SECONDS = 5.0  # between two plain progress lines
+
+
+class Progress(Protocol):
+    """A running job of known length."""
+
+    def advance(self, n: int = 1, **shown: object) -> None:
+        """`n` more units are done; `shown` are values to show beside the count, as in `advance(1, loss=0.5)`."""
+
+
+def layout(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows as aligned plain text under a header; columns whose cells are all numbers are aligned to the right."""
+    cells = [[_show(cell) for cell in row] for row in rows]
+    widths = [max(len(name), *(len(row[i]) for row in cells)) if cells else len(name) for i, name in enumerate(columns)]
+    right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)).rstrip()
+
+    return "\n".join([line(columns), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+class Log:
+    """Writes to stderr. One instance, `log`, serves the process."""
+
+    def say(self, text: str) -> None:
+        """One line, or several, in plain words."""
+        print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Something that goes on but that the user should know."""
+        print(_paint(f"warning: {text}", "33"), file=sys.stderr, flush=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A titled table; cells are shown with `str`, floats with four significant digits."""
+        print(f"{_paint(title, '1')}\n{layout(columns, rows)}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def progress(self, description: str, total: int) -> Iterator[Progress]:
+        """Shows how much of `total` units is done until the block ends."""
+        if not _terminal():
+            yield _Lines(description, total)
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"))
+        with Bar(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(description, total=total, shown="")
+
+            class Live:
+                def advance(self, n: int = 1, **shown: object) -> None:
+                    bar.advance(task, n)
+                    if shown:
+                        bar.update(task, shown=_pairs(shown))
+
+            yield Live()
+
+
+class _Lines:
+    """Progress without a terminal: a line now and then, and one at the end."""
+
+    def __init__(self, description: str, total: int):
+        self.description, self.total = description, total
+        self.done, self.start = 0, time.monotonic()
+        self.last = self.start
+
+    def advance(self, n: int = 1, **shown: object) -> None:
+        self.done += n
+        now = time.monotonic()
+        if self.done >= self.total or now - self.last >= PLAIN_SECONDS:
+            self.last = now
+            tail = f"  {_pairs(shown)}" if shown else ""
+            print(f"{self.description}: {self.done}/{self.total}  {now - self.start:.1f} s{tail}", file=sys.stderr, flush=True)
+
+
+def _show(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _pairs(shown: dict[str, object]) -> str:
+    return "  ".join(f"{name} {_show(value)}" for name, value in shown.items())
+
+
+def _terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _paint(text: str, code: str) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m" if _terminal() and not os.environ.get("NO_COLOR") else text
+
+
+log = Log()

@@ -1,0 +1,294 @@
+"""Answers to prompts, as token ids: batched, cached, streamed; and `generate_naive`, which says what they must be.
+
+A batch is padded on the right once, for the prompts; then each step feeds one token a row, and rows that ended leave
+the batch. What a request yields does not depend on the requests beside it. Admitting requests into a running batch is
+left to an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import ConfigError, DataError
+from ..nn.inputs import Inputs
+from ..nn.store import Store
+from .sampling import Drawn, Sampler, Sampling, sample_naive
+from .stops import StopStrings
+
+Finish = Literal["stop", "length"]
+
+
+class Decoder(Protocol):
+    """Ids to text, never half a character: `text`'s StreamDecoder is one."""
+
+    def push(self, token: int, /) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token of one row, and the text that it released ("" while a character or a stop string is incomplete).
+
+    `logprob` is the model's own (temperature 1, nothing processed) and `top` the likeliest tokens with theirs, if asked
+    for. The row's last event carries `finish_reason`.
+    """
+
+    row: int
+    id: int
+    text: str = ""
+    logprob: float | None = None
+    top: dict[int, float] | None = None
+    finish_reason: Finish | None = None
+
+
+@dataclass
+class Completion:
+    """One answer. `ids` are as sampled, the stop id or the tokens of the stop string included; `text` has neither, and
+    is None without a decoder. `logprobs` and `top` have an entry for each id, if asked for."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str | None = None
+    finish_reason: Finish | None = None
+    logprobs: list[float] | None = None
+    top: list[dict[int, float]] | None = None
+
+    def add(self, event: Event) -> None:
+        self.ids.append(event.id)
+        self.finish_reason = event.finish_reason
+        if self.text is not None:
+            self.text += event.text
+        if self.logprobs is not None and event.logprob is not None:
+            self.logprobs.append(event.logprob)
+        if self.top is not None and event.top is not None:
+            self.top.append(event.top)
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    *,
+    stops: Collection[int] = (),
+    decoder: Callable[[], Decoder] | None = None,
+    context: int | None = None,
+    chunk: int = 2048,
+    batch: int | None = None,
+) -> list[Completion]:
+    """The answers to `prompts` (token ids), in their order.
+
+    `sampling`: one for all, or one each; None samples the model's own distribution. `stops`: ids that end an answer,
+    besides each request's own. `decoder`: makes a fresh decoder for a row; without one there is no text. `context`:
+    most tokens of prompt and answer together. `chunk`: most columns of the prompts in one forward. `batch`: most rows at
+    a time (None: all), the longest prompts first.
+
+    Raises `DataError` for an empty prompt or one that leaves no room to answer, and `ConfigError` for settings that
+    cannot be met.
+    """
+    requests = _requests(prompts, sampling, stops=stops, decoder=decoder, context=context)
+    order = sorted(range(len(requests)), key=lambda row: -len(requests[row].prompt))
+    size = batch or max(1, len(requests))
+    for start in range(0, len(order), size):
+        for event in _run(model, [requests[row] for row in order[start : start + size]], chunk=chunk):
+            requests[event.row].completion.add(event)
+    return [request.completion for request in requests]
+
+
+def stream(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    *,
+    stops: Collection[int] = (),
+    decoder: Callable[[], Decoder] | None = None,
+    context: int | None = None,
+    chunk: int = 2048,
+) -> Iterator[Event]:
+    """`generate` as it happens: an event for each token, the rows of a batch in turn. Errors come at the call."""
+    return _run(model, _requests(prompts, sampling, stops=stops, decoder=decoder, context=context), chunk=chunk)
+
+
+def generate_naive(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    *,
+    stops: Collection[int] = (),
+    context: int | None = None,
+) -> list[list[int]]:
+    """The ids of `generate`, one row after the other, without cache: a full forward for each token. Its oracle."""
+    requests = _requests(prompts, sampling, stops=stops, decoder=None, context=context)
+    device = _device(model)
+    with _evaluating(model), torch.inference_mode():
+        for request in requests:
+            ids = request.completion.ids
+            while len(ids) < request.room and (not ids or ids[-1] not in request.stops):
+                logits = model(torch.tensor([request.prompt + ids], device=device)).logits[0, -1]
+                ids.append(sample_naive(logits, request.sampling, prompt=request.prompt, answer=ids))
+    return [request.completion.ids for request in requests]
+
+
+class _Request:
+    """One row of the batch: what it asks for, and how far its answer is."""
+
+    def __init__(self, row: int, prompt: list[int], sampling: Sampling, *, room: int, stops: frozenset[int], decoder: Decoder | None):
+        self.row = row
+        self.prompt = prompt
+        self.sampling = sampling
+        self.room = room
+        self.stops = stops
+        self.decoder = decoder
+        self.strings = StopStrings(sampling.stop)
+        self.count = 0
+        asked = sampling.logprobs
+        self.completion = Completion(
+            text=None if decoder is None else "",
+            logprobs=None if asked is None else [],
+            top=[] if asked else None,
+        )
+
+    def take(self, token: int, logprob: float | None, top: dict[int, float] | None) -> Event:
+        """The event of the token sampled next."""
+        self.count += 1
+        finish: Finish | None = None
+        text = ""
+        if token in self.stops:
+            finish = "stop"
+        elif self.decoder is not None:
+            text = self.strings.push(self.decoder.push(token))
+        if finish is None and self.count == self.room:
+            finish = "length"
+        if finish and self.decoder is not None:
+            text += self.strings.push(self.decoder.finish())
+            text += self.strings.finish()
+        if self.strings.hit:
+            finish = "stop"
+        return Event(self.row, token, text, logprob, top, finish)
+
+
+def _requests(
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | Sequence[Sampling] | None,
+    *,
+    stops: Collection[int],
+    decoder: Callable[[], Decoder] | None,
+    context: int | None,
+) -> list[_Request]:
+    settings = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else list(sampling)
+    if len(settings) != len(prompts):
+        raise ConfigError(f"{len(prompts)} prompts, but {len(settings)} sampling settings: give one for all, or one each", field="sampling")
+    requests = []
+    for row, (prompt, wanted) in enumerate(zip(prompts, settings, strict=True)):
+        if not len(prompt):
+            raise DataError(f"prompt {row} is empty: an answer needs at least one token to follow", field=f"prompts.{row}")
+        room = wanted.max_tokens if context is None else min(wanted.max_tokens, context - len(prompt))
+        if room < 1:
+            raise DataError(
+                f"prompt {row} has {len(prompt)} tokens and the context holds {context}, which leaves no room for an answer: shorten the prompt",
+                field=f"prompts.{row}",
+                value=len(prompt),
+            )
+        if wanted.stop and decoder is None:
+            raise ConfigError("stop strings need a decoder: pass decoder=tokenizer.stream, or use stop_ids", field="sampling.stop", value=wanted.stop)
+        own = decoder() if decoder is not None else None
+        requests.append(_Request(row, list(prompt), wanted, room=room, stops=frozenset((*stops, *wanted.stop_ids)), decoder=own))
+    return requests
+
+
+def _run(model: nn.Module, requests: list[_Request], *, chunk: int) -> Iterator[Event]:
+    if not requests:
+        return
+    with _evaluating(model):
+        live = requests
+        longest = max(len(request.prompt) for request in live)
+        # the last token sampled is never fed back
+        store = model.cache(len(live), longest + max(request.room for request in live) - 1)
+        logits = _prefill(model, store, [request.prompt for request in live], chunk)
+        sampler = Sampler([r.sampling for r in live], [r.prompt for r in live], vocab=logits.shape[-1], device=logits.device)
+        while True:
+            drawn = _draw(sampler, logits)
+            going = []
+            for i, (token, logprob, top) in enumerate(_report(drawn, live)):
+                event = live[i].take(token, logprob, top)
+                if event.finish_reason is None:
+                    going.append(i)
+                yield event
+            if not going:
+                return
+            tokens = drawn.ids[:, None]
+            if len(going) < len(live):
+                live = [live[i] for i in going]
+                store.reorder(going)
+                sampler.reorder(going)
+                tokens = tokens[torch.tensor(going, device=tokens.device)]
+            logits = _forward(model, Inputs(tokens, cache=store), "last")
+
+
+@torch.inference_mode()
+def _draw(sampler: Sampler, logits: Tensor) -> Drawn:
+    return sampler.step(logits)
+
+
+@torch.inference_mode()
+def _forward(model: nn.Module, inputs: Inputs, keep: Literal["last", "none"] | Tensor) -> Tensor:
+    return model(inputs, keep=keep).logits
+
+
+def _prefill(model: nn.Module, store: Store, prompts: list[list[int]], chunk: int) -> Tensor:
+    """Feeds the prompts, at most `chunk` columns at a time. Returns the logits [B, V] after each row's last token."""
+    device = _device(model)
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)[:, None]
+    column = torch.arange(longest, device=device)
+    padded = any(len(prompt) < longest for prompt in prompts)
+    segments = torch.where(column <= last, 0, -1) if padded else None
+    if longest <= chunk:
+        return _forward(model, Inputs(tokens, segments=segments, cache=store), "last")
+    rows, logits = [], []
+    for start in range(0, longest, chunk):
+        part = slice(start, start + chunk)
+        inputs = Inputs(tokens[:, part], segments=None if segments is None else segments[:, part], cache=store)
+        ending = [row for row, prompt in enumerate(prompts) if start < len(prompt) <= start + chunk]
+        out = _forward(model, inputs, column[part] == last if ending else "none")
+        if ending:
+            rows += ending
+            logits.append(out)
+    back = torch.tensor(rows, device=device).argsort()
+    return torch.cat(logits)[back]
+
+
+def _report(drawn: Drawn, live: list[_Request]) -> Iterator[tuple[int, float | None, dict[int, float] | None]]:
+    """Per row: the token, and as much about its log-probabilities as the row asked for. The one read from the device."""
+    ids = drawn.ids.tolist()
+    if drawn.logprobs is None or drawn.top_ids is None or drawn.top_logprobs is None:
+        yield from ((token, None, None) for token in ids)
+        return
+    columns = zip(ids, drawn.logprobs.tolist(), drawn.top_ids.tolist(), drawn.top_logprobs.tolist(), live, strict=True)
+    for token, logprob, top_ids, top_logprobs, request in columns:
+        asked = request.sampling.logprobs
+        top = dict(zip(top_ids[:asked], top_logprobs, strict=False)) if asked else None
+        yield token, None if asked is None else logprob, top
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off, then each module as it was."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

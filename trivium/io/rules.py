@@ -1,0 +1,226 @@
+"""Weight rules as data: one list per family carries tensors in and out, and adapter keys with them.
+
+A rule pairs names on disk with names of ours; each knows how to go forward (disk to ours) and backward. Patterns name
+modules: `{i}` stands for a number, and the leaf (`weight`, `bias`) is carried over. Tensors stay lazy all the way, so
+one is in memory at a time. What no rule knows is an error, on either side.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..core.errors import FileError
+from .tensors import Lazy
+
+LEAVES = r"weight|bias"
+
+
+class Pattern:
+    """A module name with `{placeholders}` for numbers."""
+
+    def __init__(self, text: str, leaves: str = LEAVES):
+        self.text = text
+        parts = re.split(r"\{(\w+)\}", text)
+        body = "".join(re.escape(part) if k % 2 == 0 else rf"(?P<{part}>0|[1-9]\d*)" for k, part in enumerate(parts))
+        self._regex = re.compile(rf"{body}(?:\.(?P<leaf>{leaves}))?")
+
+    def match(self, name: str) -> dict[str, str | None] | None:
+        """What the placeholders stand for in `name`, and `leaf` (None for a module's name); None if it does not match."""
+        found = self._regex.fullmatch(name)
+        return None if found is None else found.groupdict()
+
+    def fill(self, values: Mapping[str, str | None]) -> str:
+        """The name that these values make."""
+        numbers = {key: value for key, value in values.items() if key != "leaf"}
+        return self.text.format(**numbers) + (f".{values['leaf']}" if values["leaf"] else "")
+
+
+class Rule:
+    """Some tensors on disk are some tensors of ours. `forward` and `backward` undo each other, bit for bit."""
+
+    def __init__(self, disk: Sequence[str], ours: Sequence[str], *, leaves: str = LEAVES):
+        self.disk = tuple(Pattern(text, leaves) for text in disk)
+        self.ours = tuple(Pattern(text, leaves) for text in ours)
+
+    def forward(self, tensors: list[Lazy]) -> list[Lazy]:
+        """Ours, in the order of `ours`, from those on disk, in the order of `disk`."""
+        raise NotImplementedError
+
+    def backward(self, tensors: list[Lazy]) -> list[Lazy]:
+        """Those on disk, from ours."""
+        raise NotImplementedError
+
+
+class Rename(Rule):
+    """The same tensor under another name."""
+
+    def __init__(self, disk: str, ours: str):
+        super().__init__([disk], [ours])
+
+    def forward(self, tensors: list[Lazy]) -> list[Lazy]:
+        return tensors
+
+    def backward(self, tensors: list[Lazy]) -> list[Lazy]:
+        return tensors
+
+
+class Transpose(Rule):
+    """A matrix stored the other way round; vectors (biases) stay as they are."""
+
+    def __init__(self, disk: str, ours: str):
+        super().__init__([disk], [ours])
+
+    def forward(self, tensors: list[Lazy]) -> list[Lazy]:
+        return [tensor.derive(tensor.shape[::-1], lambda value: value.T.contiguous() if value.dim() == 2 else value) for tensor in tensors]
+
+    backward = forward
+
+
+class Split(Rule):
+    """One tensor on disk holds several of ours, one after the other along its first dimension."""
+
+    def __init__(self, disk: str, ours: Sequence[str], *, sizes: Sequence[int]):
+        super().__init__([disk], ours)
+        self.sizes = tuple(sizes)
+
+    def forward(self, tensors: list[Lazy]) -> list[Lazy]:
+        (whole,) = tensors
+        if whole.shape[0] != sum(self.sizes):
+            raise FileError(f"{self.disk[0].text}: {whole.shape[0]} rows cannot be split into {self.sizes}")
+        parts, begin = [], 0
+        for size in self.sizes:
+            parts.append(whole.derive((size, *whole.shape[1:]), lambda value, begin=begin, size=size: value[begin : begin + size]))
+            begin += size
+        return parts
+
+    def backward(self, tensors: list[Lazy]) -> list[Lazy]:
+        first = tensors[0]
+        return [Lazy((sum(self.sizes), *first.shape[1:]), first.dtype, lambda: torch.cat([tensor.load() for tensor in tensors]))]
+
+
+class Stack(Rule):
+    """Several tensors of one shape on disk are one of ours, with a new first dimension."""
+
+    def __init__(self, disk: Sequence[str], ours: str):
+        super().__init__(disk, [ours])
+
+    def forward(self, tensors: list[Lazy]) -> list[Lazy]:
+        first = tensors[0]
+        return [Lazy((len(tensors), *first.shape), first.dtype, lambda: torch.stack([tensor.load() for tensor in tensors]))]
+
+    def backward(self, tensors: list[Lazy]) -> list[Lazy]:
+        (whole,) = tensors
+        return [whole.derive(whole.shape[1:], lambda value, k=k: value[k]) for k in range(len(self.disk))]
+
+
+class Drop(Rule):
+    """Stored by some writers, computed or shared here: read over, never written.
+
+    With `same_as`, the name of a module on disk, the tensor must equal that module's: what is dropped is then known to
+    be a copy, such as the head of a model that ties it to its embedding.
+    """
+
+    def __init__(self, disk: str, *, same_as: str | None = None):
+        super().__init__([disk], [], leaves=r"\w+")
+        self.same_as = same_as
+
+    def check(self, name: str, leaf: str, tensors: Mapping[str, Lazy]) -> None:
+        """Raise `FileError` unless `name` is the copy that it is taken for."""
+        if self.same_as is None:
+            return
+        twin = f"{self.same_as}.{leaf}"
+        if twin not in tensors or tensors[twin].shape != tensors[name].shape or not torch.equal(tensors[twin].load(), tensors[name].load()):
+            raise FileError(f"{name} is said to be tied to {twin}, but the two differ; one of config.json and the weights is wrong")
+
+    def forward(self, tensors: list[Lazy]) -> list[Lazy]:
+        return []
+
+
+@dataclass
+class _Group:
+    """The tensors of one use of a rule: one layer's q, k and v, say."""
+
+    rule: Rule
+    values: dict[str, str | None]
+    members: dict[int, Lazy] = field(default_factory=dict)
+
+
+def forward(rules: Sequence[Rule], tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Our tensors, lazily, from those on disk. Raises `FileError` if one is unknown or part of a group is missing."""
+    groups, left = _match([(rule, rule.disk) for rule in rules], tensors)
+    _refuse_leftovers(left, "stored there", "this model has no place for them")
+    for group in groups:
+        if isinstance(group.rule, Drop):
+            name = group.rule.disk[0].fill(group.values)
+            group.rule.check(name, str(group.values["leaf"]), tensors)
+    return _emit((group, group.rule.disk, group.rule.ours, group.rule.forward) for group in groups)
+
+
+def backward(rules: Sequence[Rule], tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """The tensors on disk, lazily, from ours. Raises `FileError` if one has no name there."""
+    groups, left = _match([(rule, rule.ours) for rule in rules], tensors)
+    _refuse_leftovers(left, "of this model", "the family's format has no place for them")
+    return _emit((group, group.rule.ours, group.rule.disk, group.rule.backward) for group in groups)
+
+
+def to_disk(rules: Sequence[Rule], module: str) -> str | None:
+    """The name on disk of a module (or parameter) of ours that is only renamed; None if there is none such."""
+    return _rename([(rule.ours[0], rule.disk[0]) for rule in rules if isinstance(rule, Rename)], module)
+
+
+def to_ours(rules: Sequence[Rule], module: str) -> str | None:
+    """Our name of a module (or parameter) on disk that is only renamed; None if there is none such."""
+    return _rename([(rule.disk[0], rule.ours[0]) for rule in rules if isinstance(rule, Rename)], module)
+
+
+def _rename(pairs: Iterable[tuple[Pattern, Pattern]], name: str) -> str | None:
+    for source, target in pairs:
+        if (values := source.match(name)) is not None:
+            return target.fill(values)
+    return None
+
+
+def _match(sides: Sequence[tuple[Rule, tuple[Pattern, ...]]], tensors: Mapping[str, Lazy]) -> tuple[list[_Group], list[str]]:
+    groups: dict[tuple[object, ...], _Group] = {}
+    left = []
+    for name, lazy in tensors.items():
+        for number, (rule, patterns) in enumerate(sides):
+            found = next(((k, values) for k, pattern in enumerate(patterns) if (values := pattern.match(name)) is not None), None)
+            if found is not None:
+                k, values = found
+                key = (number, *sorted((str(a), str(b)) for a, b in values.items()))
+                groups.setdefault(key, _Group(rule, values)).members[k] = lazy
+                break
+        else:
+            left.append(name)
+    return list(groups.values()), left
+
+
+def _emit(work: Iterable[tuple]) -> dict[str, Lazy]:
+    out: dict[str, Lazy] = {}
+    for group, sources, targets, convert in work:
+        missing = [source.fill(group.values) for k, source in enumerate(sources) if k not in group.members]
+        if missing:
+            present = sources[next(iter(group.members))].fill(group.values)
+            raise FileError(f"{present} is there, but {missing[0]}, which belongs to it, is missing ({len(missing)} missing in all)")
+        made = convert([group.members[k] for k in range(len(sources))])
+        for target, lazy in zip(targets, made, strict=True):
+            name = target.fill(group.values)
+            if name in out:
+                raise FileError(f"two tensors claim the name {name}")
+            out[name] = lazy
+    return out
+
+
+def _refuse_leftovers(left: Sequence[str], where: str, why: str) -> None:
+    if left:
+        raise FileError(f"{len(left)} tensors {where} are left over, {why}: {some(left)}")
+
+
+def some(names: Sequence[str], *, shown: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

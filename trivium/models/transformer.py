@@ -1,0 +1,176 @@
+"""A stack of blocks between an embedding and a head: decoder or encoder, by `causal`.
+
+The spec says which block stands at each layer; the module builds them, and is the one model that trains, samples,
+evaluates and serves. It carries its spec and the passes applied to it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from torch import Tensor, nn
+
+from ..core.errors import unknown
+from ..core.seed import generator
+from ..core.spec import Spec
+from ..nn.embeddings import Embed, Tokens
+from ..nn.heads import Head, LMHead
+from ..nn.inputs import Inputs, Keep, Output, as_inputs
+from ..nn.linear import OwnStart
+from ..nn.norms import RMS, Norm
+from ..nn.step import Step
+from ..nn.store import Store
+from .block import Block
+
+if TYPE_CHECKING:
+    from ..core.spec import Part
+
+
+class Transformer(Spec):
+    """What a model is. `layers` names a block for each layer; shorthand such as "8*(3*linear full)" is stored expanded."""
+
+    dim: int = Field(gt=0, description="width of the residual stream")
+    vocab: int = Field(gt=0, description="rows of the embedding table")
+    layers: tuple[str, ...] = Field(min_length=1, description="the name of each layer's block, from the first to the last")
+    blocks: dict[str, Block] = Field(description="the blocks, by name")
+    embed: SerializeAsAny[Embed] = Field(Tokens(), description="how tokens become vectors")
+    head: SerializeAsAny[Head] = Field(LMHead(), description="what is read off the last hidden state")
+    final_norm: SerializeAsAny[Norm] = Field(RMS(), description="the norm before the head")
+    causal: bool = Field(True, description="whether positions see only what came before")
+    context: int | None = Field(None, gt=0, description="the length that the model was made for, in tokens")
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        return expand_layers(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for index, name in enumerate(self.layers):
+            if name not in self.blocks:
+                raise ValueError(unknown("block", name, self.blocks, field=f"layers[{index}]"))
+        for name in self.blocks:
+            if name not in self.layers:
+                raise ValueError(f"block {name!r} is defined but no layer uses it")
+        return self
+
+
+def expand_layers(text: str) -> tuple[str, ...]:
+    """ "2*(3*a b)" -> a a a b a a a b. Names, N*name, N*( ... ); anything else is an error."""
+    tokens = re.findall(r"\d+\s*\*|[()]|[A-Za-z_][\w-]*|\S", text)
+    position = 0
+
+    def sequence(depth: int) -> list[str]:
+        nonlocal position
+        names: list[str] = []
+        while position < len(tokens) and tokens[position] != ")":
+            token, times = tokens[position], 1
+            if token.endswith("*"):
+                times, position = int(token[:-1]), position + 1
+                token = tokens[position] if position < len(tokens) else ""
+            position += 1
+            if token == "(":
+                inner = sequence(depth + 1)
+                if position >= len(tokens):
+                    raise ValueError(f"layers: a bracket is not closed in {text!r}")
+                position += 1
+            elif re.fullmatch(r"[A-Za-z_][\w-]*", token):
+                inner = [token]
+            else:
+                raise ValueError(f"layers: cannot read {token!r} in {text!r}; write names, N*name or N*(...)")
+            if len(names) + times * len(inner) > 10_000:
+                raise ValueError(f"layers: {text!r} names more than 10,000 layers")
+            names += times * inner
+        if position < len(tokens) and depth == 0:
+            raise ValueError(f"layers: a bracket too many in {text!r}")
+        return names
+
+    return tuple(sequence(0))
+
+
+class TransformerModel(nn.Module):
+    """The built model: `model(tokens_or_inputs) -> Output`. `passes` lists what was done to it since it was built."""
+
+    def __init__(self, spec: Transformer):
+        super().__init__()
+        self.spec = spec
+        self.passes: tuple[Part, ...] = ()
+        self.embed = spec.embed.build(spec.vocab, spec.dim)
+        self.layers = nn.ModuleList(spec.blocks[name].build(spec.dim, index) for index, name in enumerate(spec.layers))
+        self.final_norm = spec.final_norm.build(spec.dim)
+        self.head = spec.head.build(spec.vocab, spec.dim)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def forward(self, inputs: Inputs | Tensor, *, keep: Keep = "all") -> Output:
+        """See `Inputs` and `Output`. With a cache, the tokens are appended to it once all layers have run."""
+        inputs = as_inputs(inputs)
+        step = Step.begin(inputs, causal=self.spec.causal)
+        x = self.run(self.embed(inputs.tokens, step), step)
+        output = self.finish(x, step, keep)
+        step.commit()
+        return output
+
+    def run(self, x: Tensor, step: Step) -> Tensor:
+        """All layers this module holds, [B, T, C] -> [B, T, C]."""
+        for layer in self.layers:
+            x = layer(x, step)
+        return x
+
+    def finish(self, x: Tensor, step: Step, keep: Keep) -> Output:
+        """Final norm, and logits at the positions that `keep` asks for."""
+        hidden = self.final_norm(x)
+        if isinstance(keep, Tensor):
+            return Output(hidden, self.head(hidden[keep], step, self.embed))
+        if keep == "none":
+            return Output(hidden, None)
+        if keep == "last":
+            return Output(hidden, self.head(last_of(hidden, step.segments), step, self.embed))
+        assert keep == "all", f"keep must be all, last, none or a selector, not {keep!r}"
+        return Output(hidden, self.head(hidden, step, self.embed))
+
+    def cache(self, rows: int, capacity: int) -> Store:
+        """An empty store for `rows` rows of up to `capacity` tokens, for this model as it stands after its passes."""
+        states = [layer.state() for layer in self.layers]  # type: ignore[operator]
+        return Store(states, rows=rows, capacity=capacity, dtype=self.dtype, device=self.device)
+
+
+def last_of(hidden: Tensor, segments: Tensor | None) -> Tensor:
+    """Each row's last position that is not padding: [B, T, C] -> [B, C]."""
+    if segments is None:
+        return hidden[:, -1]
+    last = segments.shape[1] - 1 - (segments >= 0).flip(1).int().argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def build(spec: Transformer, *, device: str | torch.device = "meta", dtype: torch.dtype = torch.float32) -> TransformerModel:
+    """The model that `spec` says, with parameters that hold nothing yet (on the meta device: no memory either)."""
+    with torch.device(device):
+        return TransformerModel(spec).to(dtype)
+
+
+@torch.no_grad()
+def initialize(model: TransformerModel, *, seed: int, std: float = 0.02) -> TransformerModel:
+    """Draw all parameters: matrices normal with `std`, the maps back into the stream with std / sqrt(2 layers)
+    (GPT-2), biases zero, norms one. Each parameter's draw depends on the seed and its name alone."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, OwnStart):
+            module.reset()
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "bias":
+                parameter.zero_()
+                continue
+            scale = std / (2 * len(model.layers)) ** 0.5 if prefix.endswith((".mixer.out", ".ffn.out")) else std
+            drawn = torch.randn(parameter.shape, generator=generator(seed, f"{prefix}.{name}"))
+            parameter.copy_(drawn * scale)
+    return model

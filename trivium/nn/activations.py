@@ -1,0 +1,80 @@
+"""Activations of feed-forward parts, elementwise."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..core.registry import Registry
+from ..core.spec import Part
+from .linear import OwnStart
+
+
+class Activation(Part, registry=Registry("activation", "trivium.nn")):
+    """Root of the activations: `build()` gives a module `[...] -> [...]`. A bare name is a spec: `activation: silu`."""
+
+    def build(self) -> nn.Module:
+        raise AssertionError
+
+
+class SiLU(Activation):
+    """x * sigmoid(x) (arXiv:1710.05941 with beta = 1; Elfwing et al. 2017)."""
+
+    kind: Literal["silu"] = "silu"
+
+    @classmethod
+    def tiny(cls) -> SiLU:
+        return cls()
+
+    def build(self) -> nn.Module:
+        return nn.SiLU()
+
+
+class Swish(Activation):
+    """x * sigmoid(beta * x) with one beta for the layer, trained (arXiv:1710.05941)."""
+
+    kind: Literal["swish"] = "swish"
+    beta: float = Field(1.0, description="where beta starts")
+
+    @classmethod
+    def tiny(cls) -> Swish:
+        return cls(beta=1.5)
+
+    def build(self) -> nn.Module:
+        return SwishActivation(self)
+
+
+class SwishActivation(OwnStart):
+    def __init__(self, spec: Swish):
+        super().__init__()
+        self.spec = spec
+        self.beta = nn.Parameter(torch.empty(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+    def reset(self) -> None:
+        nn.init.constant_(self.beta, self.spec.beta)
+
+
+def silu_times(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, keeping only its two inputs for the backward."""
+    return _SiLUTimes.apply(gate, up)
+
+
+class _SiLUTimes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_up = F.silu(gate).mul_(grad)
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, grad_up

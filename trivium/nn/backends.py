@@ -1,0 +1,120 @@
+"""Attention itself, softmax(q k^T * scale) v, behind one signature and several backends.
+
+`eager` states it naively and can return its weights; `sdpa` is torch's. Both take grouped heads as they are.
+`attend` is what attention layers call: it computes documents apart, gathered into groups of like length, and tells a
+backend no more than it must know: nothing, the causal triangle, or a mask.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.registry import Registry
+from .step import Documents, View
+
+
+class Backend(Protocol):
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+        """q [B, H, T, D], k and v [B, K, S, D], H a multiple of K -> [B, H, T, D]. `causal`: T = S, later keys hidden.
+        `mask` [B|1, 1, T|1, S] bool, true where a key is seen. A query that sees nothing gives zeros."""
+        ...
+
+
+backends: Registry[Backend] = Registry("attention backend", "trivium.nn")
+
+
+def eager_weights(q: Tensor, k: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+    """Attention weights [B, H, T, S] in q's dtype, softmax in float32; rows that see nothing are zero."""
+    batch, heads, count, dim = q.shape
+    kv_heads, slots = k.shape[1], k.shape[2]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads * count, dim)
+    scores = (grouped @ k.transpose(-1, -2)).view(batch, heads, count, slots)
+    if causal:
+        mask = torch.ones(count, slots, dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        return torch.softmax(scores * scale, -1, dtype=torch.float32).to(q.dtype)
+    hidden = ~mask
+    weights = torch.softmax((scores * scale).masked_fill(hidden, float("-inf")), -1, dtype=torch.float32)
+    if not causal:
+        weights = weights.masked_fill(hidden.all(-1, keepdim=True), 0.0)
+    return weights.to(q.dtype)
+
+
+@backends.register("eager")
+def eager(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+    """The naive statement, products and softmax apart."""
+    weights = eager_weights(q, k, scale=scale, causal=causal, mask=mask)
+    batch, heads, count, slots = weights.shape
+    kv_heads = v.shape[1]
+    return (weights.view(batch, kv_heads, -1, slots) @ v).view(batch, heads, count, -1)
+
+
+@backends.register("sdpa")
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+    """torch's scaled_dot_product_attention."""
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+    if mask is not None:
+        out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return out
+
+
+@backends.register("auto")
+def auto(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+    """On a CPU, plain products for few queries, and for short documents (SDPA's backward there costs several times
+    its forward; measured in benchmarks/NOTES.md); SDPA otherwise."""
+    short = q.shape[2] <= 16 or q.shape[2] * k.shape[2] <= (512 * 512 if q.requires_grad or k.requires_grad else 256 * 256)
+    return (eager if q.device.type == "cpu" and short else sdpa)(q, k, v, scale=scale, causal=causal, mask=mask)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, view: View, *, scale: float, backend: str) -> Tensor:
+    """q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D], each query over what `view` lets it see."""
+    run = backends.get(backend)
+    documents = view.documents
+    if documents is not None:
+        return _attend_documents(q, k, v, documents, run, scale=scale, causal=view.causal)
+    if view.plain:
+        return run(q, k, v, scale=scale, causal=False, mask=None)
+    if view.triangle:
+        return run(q, k, v, scale=scale, causal=True, mask=None)
+    return run(q, k, v, scale=scale, causal=False, mask=view.mask())
+
+
+def _attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, run: Backend, *, scale: float, causal: bool) -> Tensor:
+    batch, heads, count, dim = q.shape
+    q, k, v = (x.transpose(1, 2).reshape(batch * count, -1, x.shape[-1]) for x in (q, k, v))
+    gathered = [_Regroup.apply(x, documents.slots, documents.places, documents.padding) for x in (q, k, v)]
+    outs, base = [], 0
+    for group in documents.groups:
+        rows, length = group.slots.shape
+        part = [x[base : base + rows * length].view(rows, length, -1, x.shape[-1]).transpose(1, 2) for x in gathered]
+        mask = None
+        if group.ragged and not causal:
+            mask = (torch.arange(length, device=q.device) < group.lengths[:, None])[:, None, None]
+        out = run(*part, scale=scale, causal=causal, mask=mask)
+        outs.append(out.transpose(1, 2).reshape(rows * length, heads, -1))
+        base += rows * length
+    joined = outs[0] if len(outs) == 1 else torch.cat(outs)
+    out = _Regroup.apply(joined, documents.places, documents.slots, documents.spare)
+    return out.view(batch, count, heads, -1).transpose(1, 2)
+
+
+class _Regroup(torch.autograd.Function):
+    """`x[there]`, where `back` undoes it: each row of `x` that counts stands in one place that counts, so the gradient
+    is a gather too. `back_void` lists the rows of `x` that stand for nothing; their gradients are zero."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, there: Tensor, back: Tensor, back_void: Tensor | None) -> Tensor:
+        ctx.back, ctx.back_void = back, back_void
+        return x.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        out = grad.index_select(0, ctx.back)
+        if ctx.back_void is not None:
+            out.index_fill_(0, ctx.back_void, 0.0)
+        return out, None, None, None

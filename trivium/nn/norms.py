@@ -1,0 +1,70 @@
+"""Norms over the model dimension, computed in fp32 whatever the dtype of what comes in."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..core.registry import Registry
+from ..core.spec import Part
+from .linear import OwnStart
+
+
+class Norm(Part, registry=Registry("norm", "trivium.nn")):
+    """Root of the norms: `build(dim)` gives a module `[..., C] -> [..., C]`."""
+
+    def build(self, dim: int) -> nn.Module:
+        raise AssertionError
+
+
+class RMS(Norm):
+    """x / rms(x) * weight (arXiv:1910.07467). `offset` is added to the weight (Gemma: 1).
+
+    `round_first`: round to the working dtype before the weight is applied, as Llama does; Gemma rounds after.
+    """
+
+    kind: Literal["rms"] = "rms"
+    eps: float = Field(1e-5, gt=0, description="added to the mean square")
+    offset: float = Field(0.0, description="added to the weight")
+    round_first: bool = Field(True, description="round to the working dtype before the weight is applied")
+
+    @classmethod
+    def tiny(cls) -> RMS:
+        return cls(eps=1e-4)
+
+    def build(self, dim: int) -> nn.Module:
+        return RMSNorm(self, dim)
+
+
+class RMSNorm(OwnStart):
+    def __init__(self, spec: RMS, dim: int):
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spec, wide = self.spec, x.float()
+        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + spec.eps)
+        weight = self.weight + spec.offset if spec.offset else self.weight
+        if spec.round_first:
+            return weight * normal.to(x.dtype)
+        return (weight.float() * normal).to(x.dtype)
+
+    def reset(self) -> None:
+        nn.init.constant_(self.weight, 1.0 - self.spec.offset)
+
+
+class NoNorm(Norm):
+    """The identity."""
+
+    kind: Literal["none"] = "none"
+
+    @classmethod
+    def tiny(cls) -> NoNorm:
+        return cls()
+
+    def build(self, dim: int) -> nn.Module:
+        return nn.Identity()

@@ -1,0 +1,240 @@
+"""What one forward shares among its layers: positions, segments, who sees whom, tables built once.
+
+Documents are found once per batch, on the host. A backend that can use them computes each document alone (gathered
+into groups of like length), so nothing builds a T x T mask from segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .inputs import Inputs
+from .store import Handle, Slots, continued_positions
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Documents of like length, to be computed together. `slots` [n, L] indexes tokens of the flattened batch [B*T];
+    `lengths` [n]; `ragged`: some document is shorter than L, and its places past the end repeat its last token."""
+
+    slots: Tensor
+    lengths: Tensor
+    ragged: bool
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a batch lie. `places` [B*T]: each token's place in the groups' concatenated slots, padding
+    at place 0. `padding` [B*T] and `spare` [sum n*L] mark tokens and places that stand for nothing."""
+
+    groups: tuple[Group, ...]
+    slots: Tensor  # [sum n*L]: all groups' slots in one row
+    places: Tensor
+    padding: Tensor | None
+    spare: Tensor | None
+
+
+@dataclass(frozen=True)
+class View:
+    """Which keys each query may see, as one attention kind sees it. Queries and keys are those of this forward's step.
+
+    `causal`: keys of later positions are hidden. `window`: keys `window` or more positions back are hidden.
+    """
+
+    step: Step
+    causal: bool
+    window: int | None
+
+    @property
+    def bounded(self) -> int | None:
+        """The window, if this step is long enough for it to hide anything."""
+        return self.window if self.window is not None and self.window < self.step.slots.end else None
+
+    @property
+    def plain(self) -> bool:
+        """Every query sees every key: no mask at all."""
+        return self.step.even and self.bounded is None and (not self.causal or self.step.count == 1)
+
+    @property
+    def triangle(self) -> bool:
+        """Queries and keys are the same tokens, one document a row: the plain causal triangle."""
+        return self.step.even and self.bounded is None and self.causal and self.step.slots.start == 0
+
+    @property
+    def documents(self) -> Documents | None:
+        """The documents, where this step has any, holds nothing from before and hides nothing inside them but the future."""
+        step = self.step
+        if step.segments is None or step.slots.start:
+            return None
+        longest = step.longest
+        return step.documents if self.window is None or longest <= self.window else None
+
+    def mask(self) -> Tensor | None:
+        """[B|1, 1, T, S] bool, true where a query may see a key; None where everything is seen. The naive statement."""
+        if self.plain:
+            return None
+        return self.step.memo(("mask", self.causal, self.bounded), self._mask)
+
+    def _mask(self) -> Tensor:
+        step = self.step
+        queries, keys = step.positions[:, :, None], step.key_positions[:, None, :]
+        seen = torch.ones((), dtype=torch.bool, device=queries.device)
+        if self.causal:
+            seen = seen & (keys <= queries)
+        if self.bounded is not None:
+            seen = seen & (queries - keys < self.bounded)
+            if not self.causal:
+                seen = seen & (keys - queries < self.bounded)
+        if step.segments is not None:
+            assert step.key_segments is not None
+            seen = seen & (step.segments[:, :, None] == step.key_segments[:, None, :]) & (step.segments[:, :, None] >= 0)
+        return seen.expand(-1, step.count, step.slots.end)[:, None]
+
+
+@dataclass
+class Step:
+    """One forward. `positions` [B|1, T]; `segments` [B, T] or None; `adapters` [B] or None; `slots`: the keys."""
+
+    positions: Tensor
+    segments: Tensor | None
+    slots: Slots
+    adapters: Tensor | None
+    inputs: Inputs
+    causal: bool
+    _memo: dict[Hashable, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def begin(inputs: Inputs, *, causal: bool) -> Step:
+        """Settle positions and segments, and reserve slots in the cache if there is one."""
+        batch, count = inputs.tokens.shape
+        positions, segments = inputs.positions, inputs.segments
+        if inputs.cache is not None:
+            slots, positions, segments = inputs.cache.begin(positions, segments, batch, count)
+        else:
+            slots = Slots(0, count, positions, segments)
+            if positions is None and segments is None:
+                positions = torch.arange(count, device=inputs.tokens.device)[None]
+            elif positions is None:
+                assert segments is not None
+                positions = continued_positions(segments)
+        return Step(positions, segments, slots, inputs.adapters, inputs, causal)
+
+    @property
+    def count(self) -> int:
+        return self.inputs.tokens.shape[1]
+
+    @property
+    def even(self) -> bool:
+        """Positions simply count on, in one document a row, without padding."""
+        return self.slots.positions is None and self.slots.segments is None
+
+    @property
+    def key_positions(self) -> Tensor:
+        if self.slots.positions is not None:
+            return self.slots.positions
+        if self.slots.start == 0:
+            return self.positions
+        return self.memo("key_positions", lambda: torch.arange(self.slots.end, device=self.positions.device)[None])
+
+    @property
+    def key_segments(self) -> Tensor | None:
+        return self.slots.segments
+
+    @property
+    def documents(self) -> Documents:
+        assert self.segments is not None
+        return self.memo("documents", lambda: find_documents(self.runs, *self.inputs.tokens.shape, device=self.positions.device))
+
+    @property
+    def runs(self) -> np.ndarray:
+        """[documents, 2]: each document's first token in the flattened batch, and its length. Read on the host, once."""
+        assert self.segments is not None
+        segments = self.segments
+        return self.memo("runs", lambda: find_runs(segments.cpu().numpy()))
+
+    @property
+    def longest(self) -> int:
+        return int(self.runs[:, 1].max(initial=0))
+
+    @property
+    def adapter_rows(self) -> list[tuple[int, Tensor]]:
+        """For each adapter that the batch uses, its number and its rows; rows of the base alone (-1) are in none."""
+        assert self.adapters is not None
+        adapters = self.adapters
+        return self.memo("adapters", lambda: [(i, (adapters == i).nonzero()[:, 0]) for i in adapters.unique().tolist() if i >= 0])
+
+    def view(self, *, window: int | None) -> View:
+        return View(self, self.causal, window)
+
+    def handle(self, layer: int) -> Handle:
+        return self.inputs.cache.handle(layer) if self.inputs.cache is not None else Handle()
+
+    def commit(self) -> None:
+        if self.inputs.cache is not None:
+            self.inputs.cache.commit()
+
+    def memo(self, key: Hashable, build: Callable[[], T]) -> T:
+        """`build()`, once per forward and key."""
+        if key not in self._memo:
+            self._memo[key] = build()
+        return self._memo[key]
+
+
+def find_runs(segments: np.ndarray) -> np.ndarray:
+    """[B, T] segments -> [documents, 2] int64 (first token in the flattened batch, length). A document is one run."""
+    batch, count = segments.shape
+    edges = np.ones((batch, count), dtype=bool)
+    edges[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = np.flatnonzero(edges.ravel())
+    lengths = np.diff(starts, append=batch * count)
+    names = segments.ravel()[starts]
+    real = names >= 0
+    keys = np.stack([starts // count, names], 1)[real]
+    if len(np.unique(keys, axis=0)) != len(keys):
+        raise ValueError("a document of a batch must be one run of its row: a segment number stands in two places of one row")
+    return np.stack([starts, lengths], 1)[real]
+
+
+def find_documents(runs: np.ndarray, batch: int, count: int, *, device: torch.device, waste: float = 0.15) -> Documents:
+    """Group runs by like length: a group is closed when more than `waste` of its places would stand for nothing."""
+    order = np.argsort(-runs[:, 1], kind="stable")
+    groups: list[list[int]] = []
+    for run in order:
+        if groups:
+            longest = runs[groups[-1][0], 1]
+            total = sum(runs[i, 1] for i in groups[-1]) + runs[run, 1]
+            if longest * (len(groups[-1]) + 1) * (1 - waste) <= total:
+                groups[-1].append(run)
+                continue
+        groups.append([run])
+    built, all_slots, spare, base = [], [], [], 0
+    places = np.zeros(batch * count, dtype=np.int64)
+    padding = np.ones(batch * count, dtype=bool)
+    for members in groups:
+        starts, lengths = runs[members, 0][:, None], runs[members, 1][:, None]
+        steps = np.arange(int(lengths.max()))[None]
+        slots = starts + np.minimum(steps, lengths - 1)
+        real = steps < lengths
+        places[slots[real]] = base + np.flatnonzero(real.ravel())
+        padding[slots[real]] = False
+        base += slots.size
+        built.append(Group(torch.from_numpy(slots).to(device), torch.from_numpy(lengths[:, 0].copy()).to(device), bool((~real).any())))
+        all_slots.append(slots.ravel())
+        spare.append(~real.ravel())
+    none = np.zeros(0, dtype=np.int64)
+    flat_spare = np.concatenate(spare) if spare else np.zeros(0, dtype=bool)
+    return Documents(
+        groups=tuple(built),
+        slots=torch.from_numpy(np.concatenate(all_slots) if all_slots else none).to(device),
+        places=torch.from_numpy(places).to(device),
+        padding=torch.from_numpy(np.flatnonzero(padding)).to(device) if padding.any() else None,
+        spare=torch.from_numpy(np.flatnonzero(flat_spare)).to(device) if flat_spare.any() else None,
+    )

@@ -1,0 +1,1 @@
+"""Floor 5: the one loop, its objectives, checkpoints and metrics."""
