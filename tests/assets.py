@@ -17,6 +17,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from trivium.core.home import home
+
 MODEL = "smollm2"
 
 
@@ -50,18 +52,11 @@ ASSETS = {
 }
 
 
-def home() -> Path:
-    """Where assets are cached: under TRIVIUM_HOME, else the user's cache directory."""
-    if root := os.environ.get("TRIVIUM_HOME"):
-        return Path(root) / "test-assets"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trivium" / "test-assets"
-
-
 def asset(name: str) -> Path:
     """The GGUF file (`smollm2`) or the directory of tokenizer.json and tokenizer_config.json; skips the test if it is missing."""
     import pytest
 
-    directory = home() / _folder(name)
+    directory = _root() / _folder(name)
     if not directory.is_dir():
         reason = f"asset {name!r} is missing: run 'make assets' (looked in {directory})"
         if os.environ.get("CI") == "true":
@@ -70,13 +65,17 @@ def asset(name: str) -> Path:
     return directory / next(iter(ASSETS[name].members.values())) if name == MODEL else directory
 
 
+def _root() -> Path:
+    return home() / "test-assets"
+
+
 def _folder(name: str) -> str:
     return f"{name}-{ASSETS[name].sha256[:12]}"  # a new pin is a new folder
 
 
 def fetch(name: str) -> Path:
     """Download, check and unpack one asset; a folder that exists is complete, since it is renamed into place last."""
-    what, target = ASSETS[name], home() / _folder(name)
+    what, target = ASSETS[name], _root() / _folder(name)
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

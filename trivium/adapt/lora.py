@@ -64,6 +64,7 @@ class LoRA(Pass):
                 raise ConfigError(f"adapter {self.name!r}: rank {rank} is above the size of {name} ({outputs} x {inputs})", field="rank", value=rank)
             scale = self.scale(rank, _of(self.alphas, name, self.alpha))
             adapted.lora[self.name] = LowRank(inputs, outputs, rank=rank, scale=scale, dropout=self.dropout, like=adapted.weight)
+        _number(model, (*adapters(model), self.name))
 
 
 def _of(patterns: Mapping[str, float], name: str, default: float):
@@ -75,6 +76,12 @@ def _of(patterns: Mapping[str, float], name: str, default: float):
 def adapters(model: TransformerModel) -> dict[str, LoRA]:
     """The LoRA passes on the model, by name, in order: their places are the numbers in `Inputs.adapters`."""
     return {step.name: step for step in model.passes if isinstance(step, LoRA)}
+
+
+def _number(model: TransformerModel, order: tuple[str, ...]) -> None:
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.numbered(order)
 
 
 def updates(model: TransformerModel, name: str) -> dict[str, tuple[AdaptedLinear, LowRank]]:
@@ -119,8 +126,11 @@ def merge(model: TransformerModel, name: str = "default", *, probe: Tensor) -> M
     for path, (module, update) in chosen.items():
         weight = module.base.weight
         weight.copy_((weight.float() + update.delta()).to(weight.dtype))
-        _remove(model, path, module, name)
+        del module.lora[name]
+        if not len(module.lora):
+            replace_module(model, path, module.base)
     model.passes = tuple(step for step in model.passes if not (isinstance(step, LoRA) and step.name == name))
+    _number(model, tuple(adapters(model)))
     after = model(probe).logits.float()
     before_log, after_log = before.log_softmax(-1), after.log_softmax(-1)
     return MergeReport(
@@ -148,12 +158,6 @@ def unmerge(model: TransformerModel, step: LoRA, tensors: Mapping[str, Tensor]) 
             own[key].copy_(tensors[key])
         weight = module.base.weight
         weight.copy_((weight.float() - update.delta()).to(weight.dtype))
-
-
-def _remove(model: TransformerModel, path: str, module: AdaptedLinear, name: str) -> None:
-    del module.lora[name]
-    if not len(module.lora):
-        replace_module(model, path, module.base)
 
 
 def adapter_tensors(model: TransformerModel, name: str = "default") -> dict[str, Tensor]:

@@ -46,6 +46,10 @@ class Log:
         """Something that goes on but that the user should know."""
         print(_paint(f"warning: {text}", "33"), file=sys.stderr, flush=True)
 
+    def error(self, text: str) -> None:
+        """Why a command failed."""
+        print(_paint(f"error: {text}", "31"), file=sys.stderr, flush=True)
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A titled table; cells are shown with `str`, floats with four significant digits."""
         print(f"{_paint(title, '1')}\n{layout(columns, rows)}", file=sys.stderr, flush=True)

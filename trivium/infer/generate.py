@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.errors import ConfigError, DataError
+from ..models.transformer import TransformerModel
 from ..nn.inputs import Inputs
 from ..nn.store import Store
 from .sampling import Drawn, Sampler, Sampling, sample_naive
@@ -71,7 +72,7 @@ class Completion:
 
 
 def generate(
-    model: nn.Module,
+    model: TransformerModel,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | Sequence[Sampling] | None = None,
     *,
@@ -85,13 +86,13 @@ def generate(
 
     `sampling`: one for all, or one each; None samples the model's own distribution. `stops`: ids that end an answer,
     besides each request's own. `decoder`: makes a fresh decoder for a row; without one there is no text. `context`:
-    most tokens of prompt and answer together. `chunk`: most columns of the prompts in one forward. `batch`: most rows at
-    a time (None: all), the longest prompts first.
+    most tokens of prompt and answer together (None: what the model was made for). `chunk`: most columns of the prompts
+    in one forward. `batch`: most rows at a time (None: all), the longest prompts first.
 
-    Raises `DataError` for an empty prompt or one that leaves no room to answer, and `ConfigError` for settings that
-    cannot be met.
+    Raises `DataError` for a prompt that is empty, holds ids outside the vocabulary or leaves no room to answer, and
+    `ConfigError` for settings that cannot be met.
     """
-    requests = _requests(prompts, sampling, stops=stops, decoder=decoder, context=context)
+    requests = _requests(model, prompts, sampling, stops=stops, decoder=decoder, context=context)
     order = sorted(range(len(requests)), key=lambda row: -len(requests[row].prompt))
     size = batch or max(1, len(requests))
     for start in range(0, len(order), size):
@@ -101,7 +102,7 @@ def generate(
 
 
 def stream(
-    model: nn.Module,
+    model: TransformerModel,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | Sequence[Sampling] | None = None,
     *,
@@ -111,11 +112,11 @@ def stream(
     chunk: int = 2048,
 ) -> Iterator[Event]:
     """`generate` as it happens: an event for each token, the rows of a batch in turn. Errors come at the call."""
-    return _run(model, _requests(prompts, sampling, stops=stops, decoder=decoder, context=context), chunk=chunk)
+    return _run(model, _requests(model, prompts, sampling, stops=stops, decoder=decoder, context=context), chunk=chunk)
 
 
 def generate_naive(
-    model: nn.Module,
+    model: TransformerModel,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | Sequence[Sampling] | None = None,
     *,
@@ -123,8 +124,8 @@ def generate_naive(
     context: int | None = None,
 ) -> list[list[int]]:
     """The ids of `generate`, one row after the other, without cache: a full forward for each token. Its oracle."""
-    requests = _requests(prompts, sampling, stops=stops, decoder=None, context=context)
-    device = _device(model)
+    requests = _requests(model, prompts, sampling, stops=stops, decoder=None, context=context)
+    device = model.device
     with _evaluating(model), torch.inference_mode():
         for request in requests:
             ids = request.completion.ids
@@ -173,6 +174,7 @@ class _Request:
 
 
 def _requests(
+    model: TransformerModel,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | Sequence[Sampling] | None,
     *,
@@ -183,25 +185,37 @@ def _requests(
     settings = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else list(sampling)
     if len(settings) != len(prompts):
         raise ConfigError(f"{len(prompts)} prompts, but {len(settings)} sampling settings: give one for all, or one each", field="sampling")
+    context = model.spec.context if context is None else context
     requests = []
     for row, (prompt, wanted) in enumerate(zip(prompts, settings, strict=True)):
-        if not len(prompt):
-            raise DataError(f"prompt {row} is empty: an answer needs at least one token to follow", field=f"prompts.{row}")
+        _check(prompt, wanted, vocab=model.spec.vocab, where=f"prompts[{row}]")
         room = wanted.max_tokens if context is None else min(wanted.max_tokens, context - len(prompt))
         if room < 1:
             raise DataError(
-                f"prompt {row} has {len(prompt)} tokens and the context holds {context}, which leaves no room for an answer: shorten the prompt",
-                field=f"prompts.{row}",
+                f"prompts[{row}] has {len(prompt)} tokens; the context of {context} leaves no room for an answer: shorten the prompt",
+                field=f"prompts[{row}]",
                 value=len(prompt),
             )
         if wanted.stop and decoder is None:
-            raise ConfigError("stop strings need a decoder: pass decoder=tokenizer.stream, or use stop_ids", field="sampling.stop", value=wanted.stop)
+            raise ConfigError("stop: stop strings need a decoder (decoder=tokenizer.stream); or use stop_ids", field="stop", value=wanted.stop)
         own = decoder() if decoder is not None else None
         requests.append(_Request(row, list(prompt), wanted, room=room, stops=frozenset((*stops, *wanted.stop_ids)), decoder=own))
     return requests
 
 
-def _run(model: nn.Module, requests: list[_Request], *, chunk: int) -> Iterator[Event]:
+def _check(prompt: Sequence[int], sampling: Sampling, *, vocab: int, where: str) -> None:
+    if not len(prompt):
+        raise DataError(f"{where} is empty: an answer needs at least one token to follow", field=where)
+    outside = next((token for token in prompt if not 0 <= token < vocab), None)
+    if outside is not None:
+        hint = "was it made by another tokenizer?"
+        raise DataError(f"{where} holds token {outside}, outside the model's vocabulary of {vocab}: {hint}", field=where, value=outside)
+    highest = max(sampling.logit_bias, default=0)
+    if highest >= vocab:
+        raise ConfigError(f"logit_bias: token {highest} is outside the model's vocabulary of {vocab}", field="logit_bias", value=highest)
+
+
+def _run(model: TransformerModel, requests: list[_Request], *, chunk: int) -> Iterator[Event]:
     if not requests:
         return
     with _evaluating(model):
@@ -236,13 +250,13 @@ def _draw(sampler: Sampler, logits: Tensor) -> Drawn:
 
 
 @torch.inference_mode()
-def _forward(model: nn.Module, inputs: Inputs, keep: Literal["last", "none"] | Tensor) -> Tensor:
+def _forward(model: TransformerModel, inputs: Inputs, keep: Literal["last", "none"] | Tensor) -> Tensor:
     return model(inputs, keep=keep).logits
 
 
-def _prefill(model: nn.Module, store: Store, prompts: list[list[int]], chunk: int) -> Tensor:
+def _prefill(model: TransformerModel, store: Store, prompts: list[list[int]], chunk: int) -> Tensor:
     """Feeds the prompts, at most `chunk` columns at a time. Returns the logits [B, V] after each row's last token."""
-    device = _device(model)
+    device = model.device
     longest = max(len(prompt) for prompt in prompts)
     tokens = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)[:, None]
@@ -277,12 +291,8 @@ def _report(drawn: Drawn, live: list[_Request]) -> Iterator[tuple[int, float | N
         yield token, None if asked is None else logprob, top
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: TransformerModel) -> Iterator[None]:
     """Dropout off, then each module as it was."""
     training = [module for module in model.modules() if module.training]
     for module in training:

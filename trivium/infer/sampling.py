@@ -1,9 +1,8 @@
-"""From logits to a token: penalties, bias, temperature, filters, and a draw that is a pure function of the request.
+"""How requests are sampled: `Sampling` says it, a `Sampler` does it for a batch whose rows each have their own.
 
 One order for everyone: repetition penalty, presence and frequency penalties, logit bias, temperature, top-k, top-p,
-min-p (where transformers has the step, its result is transformers' own). Each row of a batch has its own settings.
-The uniform number of a row's n-th token is a hash of (its seed, n), turned into a token through the inverse of the
-fp64 cumulative distribution: batch-mates, batch size and the order of rows change nothing.
+min-p. A draw is a pure function of the request: the uniform number of its n-th token is a hash of (seed, n), turned
+into a token through the inverse of the cumulative distribution. Batch-mates, batch size and row order change nothing.
 Nucleus 1904.09751, top-k 1805.04833, min-p 2407.01082, repetition penalty 1909.05858.
 """
 
@@ -19,13 +18,11 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from ..core.errors import ConfigError
 from ..core.seed import derive
 from ..core.spec import Spec
+from .steps import Filters, bias, draw, min_p, pick, pick_fast, presence_frequency, repetition, top_k, top_p, uniforms
 
 COLDEST = 1e-5  # logits divided by less than this leave fp32's range
-CANDIDATES = 1024  # tokens that the fast nucleus looks at before it gives up and sorts the vocabulary
-MARGIN = 1e-5  # nearer to the threshold than this, fp32 rounding may decide, so the sort must
 
 TokenId = Annotated[int, Field(ge=0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -62,102 +59,6 @@ class Sampling(Spec):
     def many(self, n: int) -> list[Sampling]:
         """`n` copies with seeds of their own, for several answers to one prompt."""
         return [self.replace(seed=derive(self.seed, "sample", i)) for i in range(n)]
-
-
-# The steps: pure functions of scores [B, V] (fp32) and per-row columns [B, 1].
-
-
-def repetition(scores: Tensor, *, seen: Tensor, penalty: Tensor) -> Tensor:
-    """Positive scores of the tokens `seen` ([B, V] bool: prompt and answer) are divided by the penalty, negative ones multiplied."""
-    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
-
-
-def presence_frequency(scores: Tensor, *, counts: Tensor, presence: Tensor, frequency: Tensor) -> Tensor:
-    """OpenAI's formula: score - count * frequency - (count > 0) * presence; `counts` [B, V]: the answer's tokens."""
-    return scores - counts * frequency - (counts > 0) * presence
-
-
-def bias(scores: Tensor, *, rows: Tensor, ids: Tensor, values: Tensor) -> Tensor:
-    """Adds `values[n]` to token `ids[n]` of row `rows[n]`."""
-    return scores.index_put((rows, ids), values, accumulate=True)
-
-
-def top_k(scores: Tensor, *, k: Tensor, most: int) -> Tensor:
-    """-inf below the k-th highest score; its ties stay. k = 0 keeps the row; `most` is k's maximum, known on the host."""
-    best = scores.topk(min(most, scores.shape[-1])).values
-    lowest = best.gather(1, (k - 1).clamp(0, best.shape[-1] - 1))
-    return scores.masked_fill((k > 0) & (scores < lowest), -torch.inf)
-
-
-def top_p(scores: Tensor, *, p: Tensor) -> Tensor:
-    """-inf outside the smallest set of likeliest tokens whose mass reaches p [B, 1] (fp64); p = 1 keeps the row.
-
-    Of equal scores at the border, those that an ascending sort puts last stay.
-    """
-    ordered, index = scores.sort(dim=-1)
-    drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= (1 - p).to(scores.dtype)
-    drop[:, -1] = False
-    drop &= p < 1
-    return scores.masked_fill(torch.empty_like(drop).scatter_(1, index, drop), -torch.inf)
-
-
-def top_p_fast(scores: Tensor, *, p: Tensor) -> Tensor:
-    """`top_p` without sorting the vocabulary: the same result from the highest scores alone.
-
-    A row is answered this way only if no rounding and no tie can change the set; the other rows are sorted.
-    That verdict is read on the host, which is free on a CPU only.
-    """
-    best = scores.topk(min(CANDIDATES, scores.shape[-1])).values
-    if best.shape[-1] < 2:
-        return scores
-    mass = (best - best[:, :1]).double().exp() / (scores - best[:, :1]).exp().sum(-1, keepdim=True, dtype=torch.float64)
-    before = mass.cumsum(-1) - mass
-    kept = (before < p).sum(-1, keepdim=True)  # at least 1
-    lowest = best.gather(1, kept - 1)
-    bounded = kept < best.shape[-1]
-    tied = lowest == best.gather(1, kept.clamp(max=best.shape[-1] - 1))
-    certain = bounded & ~tied & ((before - p).abs().amin(-1, keepdim=True) > MARGIN)
-    out = scores.masked_fill((p < 1) & (scores < lowest), -torch.inf)
-    unsure = (~certain & (p < 1)).flatten().nonzero().flatten()
-    if len(unsure):
-        out[unsure] = top_p(scores[unsure], p=p[unsure])
-    return out
-
-
-def min_p(scores: Tensor, *, p: Tensor) -> Tensor:
-    """-inf for tokens whose probability is under p [B, 1] times the highest one; p = 0 keeps the row."""
-    probabilities = scores.softmax(dim=-1)
-    return scores.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -torch.inf)
-
-
-def uniforms(seeds: Tensor, steps: Tensor) -> Tensor:
-    """A number in [0, 1) for each (seed, step), both int64: SplitMix64 as a counter-based generator.
-
-    52 bits, so that u * total < total holds in fp64 after rounding.
-    """
-    return ((_mix(_mix(seeds) + (steps + 1) * _signed(0x9E3779B97F4A7C15)) >> 12) & (2**52 - 1)).double() * 2.0**-52
-
-
-def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's finalizer. int64 products wrap; `>>` copies the sign, so the mask makes it a logical shift."""
-    z = (z ^ ((z >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ ((z >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
-    return z ^ ((z >> 31) & (2**33 - 1))
-
-
-def _signed(value: int) -> int:
-    return value - 2**64
-
-
-def draw(scores: Tensor, u: Tensor) -> Tensor:
-    """The token [B] at `u` [B] of each row's cumulative distribution, summed in fp64 in the order of ids.
-
-    A token with score -inf is never drawn, however a device orders its sums.
-    """
-    weights = (scores - scores.amax(-1, keepdim=True)).double().exp()
-    sums = weights.cumsum(-1)
-    reached = sums > u[:, None] * sums[:, -1:]
-    return ((weights > 0) * (1 + reached.to(torch.uint8))).argmax(-1)  # the first of the highest
 
 
 @dataclass(frozen=True)
@@ -198,10 +99,8 @@ class Sampler:
             scores = process(scores)
         ids = scores.argmax(-1)
         if not self.all_greedy:
-            scores = scores / self.temperature
-            for process in self.filters:
-                scores = process(scores)
-            ids = torch.where(self.greedy, ids, draw(scores, uniforms(self.seeds, self.drawn)))
+            drawn = self.pick(scores / self.temperature, u=uniforms(self.seeds, self.drawn))
+            ids = torch.where(self.greedy, ids, drawn)
         self.drawn += 1
         if self.seen is not None:
             self.seen.scatter_(1, ids[:, None], True)
@@ -229,10 +128,10 @@ class Sampler:
         self.temperature = self._column([row.temperature or 1.0 for row in rows])
         self.top = max((row.logprobs for row in rows if row.logprobs is not None), default=None)
         self.shape = self._shape()
-        self.filters = self._filters()
+        self.pick = self._pick()
 
-    def _column(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)[:, None]
+    def _column(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.device)[:, None]
 
     def _shape(self) -> list[Callable[[Tensor], Tensor]]:
         """The steps before temperature, which greedy rows take too."""
@@ -246,23 +145,21 @@ class Sampler:
         biases = [(i, token, value) for i, row in enumerate(self.rows) for token, value in row.logit_bias.items()]
         if biases:
             rows, ids, values = zip(*biases, strict=True)
-            if max(ids) >= self.vocab:
-                raise ConfigError(f"logit_bias: token {max(ids)} is outside the vocabulary of {self.vocab}", field="logit_bias", value=max(ids))
             at = [torch.tensor(index, dtype=torch.int64, device=self.device) for index in (rows, ids)]
             steps.append(partial(bias, rows=at[0], ids=at[1], values=torch.tensor(values, device=self.device)))
         return steps
 
-    def _filters(self) -> list[Callable[[Tensor], Tensor]]:
-        steps: list[Callable[[Tensor], Tensor]] = []
-        if any(row.top_k for row in self.rows):
-            most = max(row.top_k for row in self.rows)
-            steps.append(partial(top_k, k=self._column([row.top_k for row in self.rows], torch.int64), most=most))
-        if any(row.top_p < 1 for row in self.rows):
-            nucleus = top_p_fast if self.device.type == "cpu" else top_p
-            steps.append(partial(nucleus, p=self._column([row.top_p for row in self.rows], torch.float64)))
-        if any(row.min_p for row in self.rows):
-            steps.append(partial(min_p, p=self._column([row.min_p for row in self.rows])))
-        return steps
+    def _pick(self) -> Callable[..., Tensor]:
+        """What follows temperature: filters and draw, the fast way where reading a verdict on the host costs nothing."""
+        if not any(row.top_k or row.top_p < 1 or row.min_p for row in self.rows if not row.greedy):
+            return draw
+        filters = Filters.of(
+            [1 if row.greedy else row.top_k for row in self.rows],  # a greedy row's draw is not used: let it be cheap
+            [row.top_p for row in self.rows],
+            [row.min_p for row in self.rows],
+            device=self.device,
+        )
+        return partial(pick_fast if self.device.type == "cpu" else pick, filters=filters)
 
 
 def sample_naive(logits: Tensor, sampling: Sampling, *, prompt: Sequence[int], answer: Sequence[int]) -> int:
@@ -283,6 +180,6 @@ def sample_naive(logits: Tensor, sampling: Sampling, *, prompt: Sequence[int], a
         scores = top_p(scores, p=torch.tensor([[sampling.top_p]], dtype=torch.float64))
     if sampling.min_p:
         scores = min_p(scores, p=torch.tensor([[sampling.min_p]]))
-    sums = list(accumulate((scores[0] - scores.max()).double().exp().tolist()))
+    sums = list(accumulate((scores[0] - scores.max()).exp().double().tolist()))
     target = uniforms(torch.tensor([sampling.seed]), torch.tensor([len(answer)])).item() * sums[-1]
     return next(token for token, reached in enumerate(sums) if reached > target)

@@ -23,20 +23,20 @@ from torch import Tensor
 from ..core.errors import FileError
 from .files import atomic_file, parse_json, read_json, write_json
 
-DTYPES = {
+DTYPES = {  # in the order in which the safetensors package lays tensors out
+    "U64": torch.uint64,
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
     "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
@@ -90,6 +90,8 @@ def read_file(path: Path) -> dict[str, Lazy]:
         mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except RuntimeError as error:  # torch's word for a file that cannot be mapped
+        raise FileError(f"{path}: cannot be mapped into memory: {error}") from error
     return {name: _view(mapped, 8 + length + begin, dtype, shape) for name, (dtype, shape, begin) in entries.items()}
 
 
@@ -143,7 +145,8 @@ def write_file(path: Path, tensors: Mapping[str, Lazy]) -> str:
 
     Returns its SHA-256.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    order = list(NAMES)
+    ordered = sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for name, lazy in ordered:

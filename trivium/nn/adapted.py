@@ -36,33 +36,38 @@ class LowRank(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """`base` and its updates by name. A row of the batch uses the update that the step's `adapters` names; without
-    `adapters`, the one update there is."""
+    """`base` and its updates by name. A row of the batch uses the adapter that the step's `adapters` numbers; without
+    `adapters`, the model's one adapter. `numbered` is told the model's adapters in order, this map's own or not."""
 
     def __init__(self, base: Linear):
         super().__init__()
         self.base = base
         self.lora = nn.ModuleDict()
+        self.order: tuple[str, ...] = ()
 
     @property
     def weight(self) -> Tensor:
         return self.base.weight
 
+    def numbered(self, order: tuple[str, ...]) -> None:
+        self.order = order
+
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        names = list(self.lora)
         if step.adapters is None:
-            if len(names) > 1:
-                raise TriviumError(f"several adapters are loaded ({', '.join(names)}): say which each row uses with Inputs.adapters")
-            return self._adapted(x, step, self.lora[names[0]])  # type: ignore[arg-type]
+            if len(self.order) > 1:
+                raise TriviumError(f"several adapters are loaded ({', '.join(self.order)}): say which each row uses with Inputs.adapters")
+            return self._adapted(x, step, self.order[0])
         y = self.base(x, step)
-        for index, rows in step.adapter_rows:
-            if index >= len(names):
-                raise TriviumError(f"adapter {index} was asked for, but {len(names)} are loaded: {', '.join(names)}")
-            y = y.index_copy(0, rows, self._adapted(x[rows], step, self.lora[names[index]]))  # type: ignore[arg-type]
+        for number, rows in step.adapter_rows:
+            if number >= len(self.order):
+                raise TriviumError(f"adapter {number} was asked for, but {len(self.order)} are loaded: {', '.join(self.order)}")
+            if self.order[number] in self.lora:
+                y = y.index_copy(0, rows, self._adapted(x[rows], step, self.order[number]))
         return y
 
-    def _adapted(self, x: Tensor, step: Step, update: LowRank) -> Tensor:
-        y = self.base(x, step)
+    def _adapted(self, x: Tensor, step: Step, name: str) -> Tensor:
+        update, y = self.lora[name], self.base(x, step)
+        assert isinstance(update, LowRank)
         if update.dropout and self.training:
             x = F.dropout(x, update.dropout)
         return low_rank(y, x, update.A, update.B, update.scale)

@@ -48,10 +48,9 @@ class RMSNorm(OwnStart):
     def forward(self, x: Tensor) -> Tensor:
         spec, wide = self.spec, x.float()
         normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + spec.eps)
-        weight = self.weight + spec.offset if spec.offset else self.weight
         if spec.round_first:
-            return weight * normal.to(x.dtype)
-        return (weight.float() * normal).to(x.dtype)
+            return (self.weight + spec.offset if spec.offset else self.weight) * normal.to(x.dtype)
+        return ((self.weight.float() + spec.offset) * normal).to(x.dtype)
 
     def reset(self) -> None:
         nn.init.constant_(self.weight, 1.0 - self.spec.offset)

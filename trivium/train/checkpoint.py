@@ -50,10 +50,10 @@ class Checkpoint:
             raise FileError(f"{self.path / name}.safetensors cannot be read: {error}") from error
 
 
-def save(directory: Path, step: int, *, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], keep: int | None = None) -> Path:
+def save(directory: Path, step: int, *, state: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Path:
     """Writes `checkpoint-<step>` into `directory` and returns its path; a complete one of that step is left as it is.
 
-    `state` is JSON, `tensors` holds sets of tensors by file name. Of older checkpoints, the last `keep` (this one counted) stay; None: all.
+    `state` is JSON, `tensors` holds sets of tensors by file name.
     Raises `FileError` if it cannot be written; what was there before is then still there.
     """
     final = directory / f"checkpoint-{step}"
@@ -62,10 +62,14 @@ def save(directory: Path, step: int, *, state: Mapping[str, Any], tensors: Mappi
             _write(directory, final, state, tensors)
         except OSError as error:
             raise FileError(f"{final} could not be saved: {error}; earlier checkpoints are untouched: make room, then run the same again") from error
-    if keep is not None:
-        for older in [path for number, path in _found(directory) if number <= step][keep:]:
-            delete(older)
     return final
+
+
+def prune(directory: Path, step: int, *, keep: int | None) -> None:
+    """Of the checkpoints up to the whole one of `step`, leaves the last `keep`; None: all. Later ones are damaged, and left as they are."""
+    upto = [path for number, path in _found(directory) if number <= step]
+    for older in upto[len(upto) if keep is None else keep :]:
+        delete(older)
 
 
 def latest(directory: Path) -> Checkpoint | None:

@@ -60,7 +60,7 @@ def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
         except ValueError:
             break
-        if not line.endswith(b"\n"):
+        if not line.endswith(b"\n") or not isinstance(row, dict) or "step" not in row:
             break
         found.append((len(line), row))
     return found

@@ -1,0 +1,208 @@
+"""The command line: what it imports, how fast it starts, its exit statuses, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field, SerializeAsAny
+
+from trivium import cli
+from trivium.cli.options import UsageError, answer, describe, pairs, resolve
+from trivium.core.errors import FileError
+from trivium.core.registry import Registry
+from trivium.core.spec import Part, Spec
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "numpy", "pyarrow", "huggingface_hub")
+
+
+class Optim(Part, registry=Registry("optimizer")):
+    pass
+
+
+class Adam(Optim):
+    kind: Literal["adam"] = "adam"
+    lr: float = Field(1e-3, description="Learning rate.")
+
+
+class Muon(Optim):
+    kind: Literal["muon"] = "muon"
+    momentum: float = 0.9
+
+
+class Job(Spec):
+    data: str = Field(description="Where the rows are.")
+    optim: SerializeAsAny[Optim] = Adam()
+
+
+def run(*tokens: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "trivium", *tokens], capture_output=True, text=True, cwd=ROOT, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import trivium; dir(trivium)",
+        "from trivium.cli import main; main(['--help'])",
+        "from trivium.cli import main; main(['concpts'])",
+        "from trivium.cli import main; main(['concepts', '--help'])",
+        "from trivium.cli import main; main(['concepts'])",
+        "from trivium.cli import build; print(build().generate_completion(shell='bash'))",
+    ],
+)
+def test_light_commands_import_no_torch(code):
+    check = f"{code}\nimport sys; heavy = [m for m in {HEAVY} if m in sys.modules]; assert not heavy, heavy"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("code", "limit"), [("import trivium", 0.15), ("from trivium.cli import main; main(['--help'])", 0.4)])
+def test_starting_is_fast(code, limit, note):
+    def seconds(program: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        return time.perf_counter() - start
+
+    best = min(seconds(code) for _ in range(5))
+    note(f"{code}: {best:.3f} s of {limit} s, with the interpreter's own start ({min(seconds('pass') for _ in range(3)):.3f} s)")
+    assert best < limit
+
+
+def test_exit_statuses_and_one_line_errors():
+    assert run("--version").stdout == "0.1.0\n"
+    for tokens, status, said in [
+        (["concpts"], 2, 'error: Unknown command "concpts". Did you mean "concepts"?'),
+        (["concepts", "--jsn"], 2, "error: Unknown option: --jsn. Did you mean --json? See: trivium concepts --help"),
+        (["concepts", "perpetual motion"], 1, "error: unknown concept 'perpetual motion'"),
+    ]:
+        done = run(*tokens)
+        assert done.returncode == status and done.stderr.startswith(said) and len(done.stderr.splitlines()) == 1 and done.stdout == ""
+
+
+def test_debug_shows_where_an_error_came_from():
+    done = run("concepts", "perpetual motion", "--debug")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "lab/concepts.py" in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "trivium", "concepts", "--json"], stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+def full() -> None:
+    raise OSError(28, "No space left on device", "model.safetensors")
+
+
+def broken() -> None:
+    raise FileError("model.safetensors: truncated")
+
+
+def fails() -> int:
+    return 1
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "said"),
+    [
+        ("interrupted", 130, "interrupted\n"),
+        ("full", 1, "error: No space left on device: model.safetensors\n"),
+        ("broken", 1, "error: model.safetensors: truncated\n"),
+        ("fails", 1, ""),
+    ],
+)
+def test_what_a_command_may_raise(name, status, said, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "commands_of_this_test", sys.modules[__name__])
+    commands = (cli.Command(name, f"commands_of_this_test:{name}", "x"),)
+    monkeypatch.setattr(cli, "COMMANDS", commands)
+    assert cli.main([name]) == status
+    assert capsys.readouterr().err == said
+
+
+def test_every_command_teaches():
+    for command in cli.COMMANDS:
+        done = run(*command.name.split(), "--help")
+        assert done.returncode == 0 and f"Try:\n  trivium {command.name}" in done.stdout, command.name
+    top = run("--help").stdout
+    assert all(command.name.split()[0] in top for command in cli.COMMANDS)
+
+
+def test_commands_of_two_words_sit_in_a_group(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "commands_of_this_test", sys.modules[__name__])
+    monkeypatch.setattr(cli, "COMMANDS", (cli.Command("data check", "commands_of_this_test:fails", "Check."),))
+    monkeypatch.setattr(cli, "GROUPS", {"data": "Data."})
+    assert cli.main(["data", "check"]) == 1
+    assert cli.main(["data", "chek"]) == 2 and 'Did you mean "check"' in capsys.readouterr().err
+    assert cli.find(["data", "check", "--x"]) == cli.COMMANDS[0] and cli.find(["data"]) is None
+
+
+def test_flags_become_pairs():
+    assert pairs(["--optim.lr", "2e-5", "--a=b=c", "--packed", "--n", "-1", "--last"]) == [
+        ("optim.lr", "2e-5"),
+        ("a", "b=c"),
+        ("packed", "true"),
+        ("n", "-1"),
+        ("last", "true"),
+    ]
+    with pytest.raises(UsageError, match="'x' belongs to no option"):
+        pairs(["--a", "1", "x"])
+
+
+def test_files_and_flags_become_a_spec(tmp_path, capsys):
+    path = tmp_path / "job.yaml"
+    path.write_text("data: rows.jsonl\noptim: {lr: 1}\n")
+    spec = resolve(Job, [path], ["--optim", "muon", "--momentum", "0.5"], aliases={"momentum": "optim.momentum"})
+    assert spec == Job(data="rows.jsonl", optim=Muon(momentum=0.5))
+    assert "warning: optim.lr" in capsys.readouterr().err
+    for flags in (["--optim.lrr", "1"], ["--dta", "x"]):
+        with pytest.raises(UsageError, match="did you mean"):
+            resolve(Job, [path], flags, aliases={})
+    with pytest.raises(UsageError, match="No such file"):
+        resolve(Job, [tmp_path / "no.yaml"], [], aliases={})
+
+
+def test_answers_go_to_stdout(capsys):
+    answer([{"a": 1, "b": None}], as_json=True)
+    assert json.loads(capsys.readouterr().out) == [{"a": 1, "b": None}]
+    answer([{"a": 1, "b": None}], as_json=False)
+    assert capsys.readouterr().out == "a  b\n-  -\n1\n"
+    answer(Job(data="x"), as_json=False)
+    assert capsys.readouterr().out == "data: x\noptim:\n  kind: adam\n  lr: 0.001\n"
+    answer(Job(data="x"), as_json=True)
+    assert json.loads(capsys.readouterr().out)["optim"] == {"kind": "adam", "lr": 1e-3}
+
+
+def test_fields_of_a_spec_are_described(monkeypatch):
+    monkeypatch.setitem(sys.modules, "commands_of_this_test", sys.modules[__name__])
+    lines = [" ".join(line.split()) for line in describe("commands_of_this_test:Job").splitlines()]
+    assert "--data (required) Where the rows are." in lines and "--optim adam" in lines and "--optim.lr 0.001 Learning rate." in lines
+
+
+def test_doctor_reports_facts_and_advice():
+    found = json.loads(run("doctor", "--quick", "--json").stdout)
+    assert set(found) == {"versions", "machine", "torch", "gpu", "cache", "advice"}
+    assert found["versions"]["trivium"] == "0.1.0" and found["machine"]["cores"] >= 1
+
+
+def test_doctor_measures_and_advises():
+    from trivium.recipes import doctor
+
+    report = doctor.examine(size=64)
+    assert all(rate > 0 for rate in report["matmul"].values())
+    report["torch"]["threads"], report["machine"]["cores"], report["machine"]["memory free GiB"] = 8, 2, 1.0
+    report["cache"]["disk free GiB"], report["matmul"] = 0.5, {"fp32 TFLOP/s": 2.0, "bf16 TFLOP/s": 1.0}
+    report["torch"]["cuda build"], report["gpu"] = "13.0", {"devices": 0}
+    assert len(doctor._advice(report)) == 5

@@ -1,0 +1,62 @@
+"""Tiny transformers models whose every parameter is redrawn, so that each one shows in the logits.
+
+With transformers' own start, norms are one, biases are zero and logits hardly vary: a model with two norms swapped
+then agrees to the last bit. Here the logits of a redrawn model have a standard deviation between 1 and 3.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+MODELS = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+}
+
+
+def tiny(model_type: str, *, seed: int = 0, **keys: Any) -> transformers.PreTrainedModel:
+    """A model of this type in fp32 and eval mode, redrawn, with eager attention."""
+    config_class, model_class = MODELS[model_type]
+    torch.manual_seed(seed)
+    model = model_class._from_config(config_class(**keys), attn_implementation="eager").eval()
+    redraw(model, seed=seed)
+    return model
+
+
+@torch.no_grad()
+def redraw(model: torch.nn.Module, *, seed: int) -> None:
+    """Draw every parameter anew: vectors around one (norms) or zero (biases), matrices by their width."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("bias"):
+            parameter.copy_(0.3 * noise)
+        elif parameter.dim() == 1:
+            parameter.copy_(1.0 + 0.3 * noise)
+        else:
+            parameter.copy_(noise * (1.0 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5))
+
+
+def save(model: transformers.PreTrainedModel, path: Path, **options: Any) -> Path:
+    """What transformers writes."""
+    model.save_pretrained(path, **options)
+    return path
+
+
+@torch.no_grad()
+def logits(model: transformers.PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, T] -> [B, T, V], no padding."""
+    return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+
+
+@torch.no_grad()
+def greedy(model: transformers.PreTrainedModel, prompt: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` greedy tokens for each row of `prompt` [B, T]; no end-of-text, no guessed mask."""
+    out = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True
+    )
+    return out[:, prompt.shape[1] :]

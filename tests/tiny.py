@@ -1,0 +1,89 @@
+"""Tiny models for tests: every parameter redrawn, so that no norm is one and no bias is zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from trivium.core.seed import generator
+from trivium.core.spec import Part
+from trivium.models.block import Block
+from trivium.models.transformer import Transformer, TransformerModel, build
+from trivium.nn.activations import Activation
+from trivium.nn.attention import Attention, Mixer
+from trivium.nn.embeddings import Embed
+from trivium.nn.feedforward import FFN, MLP
+from trivium.nn.heads import Head, LMHead
+from trivium.nn.norms import RMS, Norm
+from trivium.nn.patterns import Pattern
+from trivium.nn.positions import Position, Rope, RopeScaling
+from trivium.nn.residual import Residual
+
+VOCAB, DIM = 61, 24
+ROOTS = (Mixer, FFN, Norm, Activation, Position, RopeScaling, Pattern, Residual, Embed, Head)
+
+
+def parts() -> list[tuple[str, Part]]:
+    """Every registered part of a model, as (name, its tiny spec)."""
+    return [(f"{root.registry.what}-{name}", member.tiny()) for root in ROOTS for name, member in root.registry.items()]
+
+
+def host(part: Part, *, causal: bool = True) -> Transformer:
+    """A two-layer model that uses `part` where its kind of part goes."""
+    attention, ffn = Attention(heads=6, kv_heads=2, head_dim=8, position=Rope(base=50.0), bias=("q", "out")), MLP(hidden=40)
+    block: dict[str, object] = {"mixer": attention, "ffn": ffn, "norm": RMS(eps=1e-4)}
+    model: dict[str, object] = {"head": LMHead(tied=False)}
+    match part:
+        case Mixer():
+            block["mixer"] = part
+        case FFN():
+            block["ffn"] = part
+        case Norm():
+            block["norm"], model["final_norm"] = part, part
+        case Activation():
+            block["ffn"] = ffn.replace(activation=part)
+        case Position():
+            block["mixer"] = attention.replace(position=part)
+        case RopeScaling():
+            block["mixer"] = attention.replace(position=Rope(base=50.0, scaling=part))
+        case Pattern():
+            block["mixer"] = attention.replace(pattern=part)
+        case Residual():
+            block["residual"] = part
+        case Embed():
+            model["embed"] = part
+        case Head():
+            model["head"] = part
+    return Transformer(dim=DIM, vocab=VOCAB, layers=("a", "a"), blocks={"a": Block(**block)}, causal=causal, **model)
+
+
+@torch.no_grad()
+def redraw(model: torch.nn.Module, *, seed: int = 0, std: float = 0.15) -> torch.nn.Module:
+    """Every parameter anew: matrices normal, vectors one plus normal; large enough that logits have a deviation near 1."""
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator(seed, name)).to(parameter.dtype)
+        parameter.copy_(noise * (std if parameter.dim() > 1 else 0.3) + (1.0 if parameter.dim() == 1 and "bias" not in name else 0.0))
+    return model
+
+
+def tiny(spec: Transformer, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> TransformerModel:
+    model = build(spec, device="cpu", dtype=dtype)
+    redraw(model, seed=seed)
+    return model.eval()
+
+
+def tokens(*shape: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
+    return torch.randint(0, vocab, shape, generator=generator(seed, "tokens"))
+
+
+def segments_of(rows: Sequence[Sequence[int]], width: int) -> torch.Tensor:
+    """[B, width] segments from each row's document lengths; a negative length is a stretch of padding."""
+    out = torch.full((len(rows), width), -1)
+    for b, lengths in enumerate(rows):
+        at = 0
+        for index, length in enumerate(lengths):
+            if length > 0:
+                out[b, at : at + length] = index
+            at += abs(length)
+    return out

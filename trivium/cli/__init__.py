@@ -1,0 +1,124 @@
+"""The command line: a tree of lazily imported commands, each a thin file that parses and calls one recipe.
+
+`trivium --help`, completion and a misspelt command import none of the commands' recipes, and so no torch.
+To add a command: write `cli/<name>.py` with one function whose docstring teaches (end it with "Try:" and examples), import
+its recipe inside the function, and add one line to `COMMANDS`. A name of two words sits in a group of `GROUPS`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cyclopts import App
+
+FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """`target` is "module:function"; `spec`, "module:Class", makes `--help` list that spec's fields as options."""
+
+    name: str
+    target: str
+    help: str
+    spec: str | None = None
+
+
+COMMANDS = (
+    Command("concepts", "trivium.cli.concepts:concepts", "What works today, the part that does it, and its proof."),
+    Command("doctor", "trivium.cli.doctor:doctor", "What this machine has, how fast it is, and what to watch."),
+)
+GROUPS: dict[str, str] = {}  # of commands of two words: {"data": "Prepare and inspect training data."}
+
+HELP = """Trivium builds, adapts, measures and serves language models, from raw text to agent.
+
+Every command explains itself: trivium COMMAND --help. Add --debug to see where an error came from."""
+
+
+def find(tokens: Sequence[str]) -> Command | None:
+    """The command that the first words name, if there is one."""
+    for command in COMMANDS:
+        words = command.name.split()
+        if list(tokens[: len(words)]) == words:
+            return command
+    return None
+
+
+def build(*, asked: Command | None = None) -> App:
+    """The command tree. Only the command that is `asked` for may be imported; its help is then its docstring."""
+    from cyclopts import App, Parameter
+
+    from .. import __version__
+
+    shown = Parameter(negative=(), show_default=lambda value: value if value not in (False, (), "") else None)
+    app = App(
+        name="trivium",
+        help=HELP,
+        help_format="plaintext",
+        version=__version__,
+        default_parameter=shown,
+        result_action="return_value",
+        suppress_keyboard_interrupt=False,
+    )
+    app.register_install_completion_command(help="Complete commands and options in your shell.")
+    groups = {name: App(name=name, help=text, help_format="plaintext", default_parameter=shown) for name, text in GROUPS.items()}
+    for group in groups.values():
+        app.command(group)
+    for command in COMMANDS:
+        *group, name = command.name.split()
+        (groups[group[0]] if group else app).command(command.target, name=name, help=None if command is asked else command.help, help_format="plaintext")
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status: 0 success, 1 failure, 2 usage, 130 interrupted."""
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in tokens
+    tokens = [token for token in tokens if token != "--debug"]
+    try:
+        status = _run(tokens, debug=debug)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has seen enough (`trivium concepts | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _run(tokens: list[str], *, debug: bool) -> int:
+    from cyclopts import CycloptsError
+
+    from ..core.errors import TriviumError
+    from ..core.log import log
+    from .options import UsageError
+
+    asked = find(tokens)
+    try:
+        result = build(asked=asked)(tokens, exit_on_error=False, print_error=False)
+        if asked is not None and asked.spec is not None and {"--help", "-h"} & set(tokens):
+            from .options import describe
+
+            print(describe(asked.spec))
+        return result or 0
+    except CycloptsError as error:
+        if debug:
+            raise
+        log.error(f"{' '.join(str(error).split())} See: trivium {f'{asked.name} ' if asked else ''}--help")
+        return USAGE
+    except TriviumError as error:
+        if debug:
+            raise
+        log.error(str(error))
+        return USAGE if isinstance(error, UsageError) else FAILURE
+    except OSError as error:
+        if debug or isinstance(error, BrokenPipeError):
+            raise
+        log.error(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        return FAILURE

@@ -1,0 +1,160 @@
+"""Rows become a token bank: formats are told apart, the prompt contract makes ids and targets, bins are packed.
+
+Nothing is lost in silence: rows with nothing to learn, rows that do not fit and rows that were cut are counted and
+listed, and more of them than was allowed stop here, before the first step. Tokenizing in several processes is left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from trivium.core.errors import ConfigError, DataError, TriviumError
+
+from .bank import INDEX, Facts, Prepared, Tally
+from .formats import Format, Turns, choose, convert
+from .packing import pack
+from .rows import Record
+
+if TYPE_CHECKING:
+    from trivium.text.prompt import Prompt, Row
+
+PEEKED = 16  # rows that must agree on a format
+LISTED = 5  # places that are named for each kind of trouble
+
+
+def prepare(
+    rows: Iterable[Record | Mapping[str, Any]],
+    prompt: Prompt,
+    *,
+    length: int,
+    format: str | None = None,
+    turns: Turns = "all",
+    arguments: Mapping[str, Any] | None = None,
+    too_long: Literal["drop", "truncate"] = "drop",
+    max_dropped: int | None = 0,
+    max_empty: int | None = 0,
+    packing: str = "best_fit",
+) -> Prepared:
+    """A token bank of rows of at most `length` tokens, packed in bins of `length`.
+
+    `rows` come from `rows.read`, or are plain mappings. `format` overrides what the first rows look like; `arguments` go to
+    the template. Documents longer than `length` are split into rows that overlap by one token, so that each token after
+    the first is still predicted exactly once. Other rows that are too long are dropped, or cut at the end (`too_long`).
+    A row is empty if it trains nothing but stop ids: such rows are left out. More than `max_dropped` dropped or `max_empty`
+    empty rows, no rows at all, or a row that does not fit its format raise `DataError`; None means any number.
+    """
+    if length < 2:
+        raise ConfigError(f"length: {length} leaves no room for a token and the one before it", field="length", value=length)
+    records = _records(rows)
+    head = list(itertools.islice(records, PEEKED))
+    if not head:
+        raise DataError("no rows: the data is empty")
+    chosen = choose(head, name=format)
+    bank = _Bank(length, truncate=too_long == "truncate", stops=frozenset(prompt.stops))
+    for record in itertools.chain(head, records):
+        example = convert(record, chosen)
+        try:
+            made = example.rows(prompt, turns=turns, arguments=arguments)
+        except TriviumError as error:
+            raise DataError(f"{record.where}: {error}") from error
+        bank.add(record, made, splits=example.splits)
+    bank.check(max_dropped=max_dropped, max_empty=max_empty)
+    return bank.close(chosen, prompt=prompt.digest(), packing=packing)
+
+
+def _records(rows: Iterable[Record | Mapping[str, Any]]) -> Iterator[Record]:
+    for number, row in enumerate(rows, start=1):
+        yield row if isinstance(row, Record) else Record(dict(row), "rows", number)
+
+
+class _Tallies(dict[str, tuple[int, list[str]]]):
+    """Counts by kind of trouble, with the first places."""
+
+    def note(self, kind: str, where: str) -> None:
+        count, first = self.get(kind, (0, []))
+        self[kind] = (count + 1, first if len(first) == LISTED else [*first, where])
+
+    def tally(self, kind: str) -> Tally:
+        count, first = self.get(kind, (0, []))
+        return Tally(count, tuple(first))
+
+
+class _Bank:
+    """The growing arrays: no Python object is kept for a token or a row."""
+
+    def __init__(self, length: int, *, truncate: bool, stops: frozenset[int]):
+        self.length, self.truncate, self.stops = length, truncate, stops
+        self.tokens, self.targets = array("I"), bytearray()
+        self.columns = {name: array("q") for name in ("length", "supervised", "source", "line")}
+        self.sources: dict[str, int] = {}
+        self.numbers: dict[str, int] = {}  # of the sources
+        self.examples = 0
+        self.tallies = _Tallies()
+        assert self.tokens.itemsize == 4
+
+    def add(self, record: Record, rows: list[Row], *, splits: bool) -> None:
+        """Take the rows of one example."""
+        self.examples += 1
+        self.sources[record.path] = self.sources.get(record.path, 0) + 1
+        self.numbers.setdefault(record.path, len(self.numbers))
+        if not rows:
+            self.tallies.note("empty", record.where)
+        for row in rows:
+            assert len(row.ids) == len(row.targets), "a target for each id"
+            ids, targets = row.ids, row.targets
+            if len(ids) > self.length and not splits:
+                if not self.truncate:
+                    self.tallies.note("dropped", f"{record.where} ({len(ids)} tokens)")
+                    continue
+                self.tallies.note("truncated", f"{record.where} ({len(ids)} tokens)")
+                ids, targets = ids[: self.length], targets[: self.length]
+            if not any(on and token not in self.stops for token, on in itertools.islice(zip(ids, targets, strict=True), 1, None)):
+                self.tallies.note("empty", record.where)
+                continue
+            if len(ids) > self.length:
+                self.tallies.note("split", f"{record.where} ({len(ids)} tokens)")
+            for start in range(0, len(ids) - 1, self.length - 1):
+                self._append(record, ids[start : start + self.length], targets[start : start + self.length])
+
+    def _append(self, record: Record, ids: list[int], targets: list[bool]) -> None:
+        """The first token of a row has none before it to be predicted from, so it is never a target."""
+        self.tokens.extend(ids)
+        self.targets.append(0)
+        self.targets.extend(targets[1:])
+        row = {"length": len(ids), "supervised": sum(targets[1:]), "source": self.numbers[record.path], "line": record.line}
+        for name, value in row.items():
+            self.columns[name].append(value)
+
+    def check(self, *, max_dropped: int | None, max_empty: int | None) -> None:
+        """Raise if more went wrong than was allowed."""
+        limits: tuple[tuple[str, int | None, Callable[[int], str]], ...] = (
+            ("empty", max_empty, lambda n: f"have no token to train on; mend them, or allow them with --max-empty {n}"),
+            ("dropped", max_dropped, lambda n: f"are longer than {self.length} tokens; raise the length, cut them, or allow --max-dropped {n}"),
+        )
+        troubles = []
+        for kind, limit, say in limits:
+            tally = self.tallies.tally(kind)
+            if limit is not None and tally.count > limit:
+                more = ", ..." if tally.count > len(tally.first) else ""
+                troubles.append(f"{tally.count} of {self.examples} rows {say(tally.count)}: {', '.join(tally.first)}{more}")
+        if troubles:
+            raise DataError("\n".join(troubles))
+        if not self.tokens:
+            raise DataError(f"nothing to train on: all {self.examples} rows were empty or too long")
+
+    def close(self, format: Format, *, prompt: str, packing: str) -> Prepared:
+        """The finished bank."""
+        index = np.zeros(len(self.columns["length"]), INDEX)
+        for name, column in self.columns.items():
+            index[name] = np.frombuffer(column, np.int64)
+        np.cumsum(index["length"][:-1], out=index["offset"][1:])
+        tallies = {kind: self.tallies.tally(kind) for kind in ("empty", "dropped", "truncated", "split")}
+        facts = Facts(format.name, packing, prompt, self.examples, self.sources, **tallies)
+        bits = np.packbits(np.frombuffer(self.targets, np.uint8), bitorder="little")
+        bins = pack(index["length"], self.length, method=packing)
+        return Prepared.of(np.frombuffer(self.tokens, np.uint32), bits, index, bins, length=self.length, facts=facts)

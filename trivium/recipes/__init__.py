@@ -1,0 +1,1 @@
+"""Floor 7: one short file per job, reading top to bottom."""
