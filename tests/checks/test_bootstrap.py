@@ -22,7 +22,7 @@ STATISTICS = {
 }
 
 
-@pytest.mark.concept("X.122")
+@pytest.mark.concept("X.122", part="checks/bootstrap.py")
 @pytest.mark.parametrize("name", STATISTICS)
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 def test_intervals_equal_scipys_on_the_same_draws(name, method):
@@ -65,7 +65,7 @@ def test_terms_of_a_ratio():
     assert pairs.value == pytest.approx(10 / 8 - 6 / 8)
 
 
-@pytest.mark.concept("X.122")
+@pytest.mark.concept("X.122", part="checks/bootstrap.py")
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 @pytest.mark.parametrize("kind", ["mean", "accuracy", "f1"])
 def test_coverage_is_near_95_percent(method, kind):
@@ -130,7 +130,7 @@ def _nearest_mean(x: np.ndarray, y: np.ndarray):
     return predict
 
 
-@pytest.mark.concept("X.122")
+@pytest.mark.concept("X.122", part="checks/bootstrap.py")
 @pytest.mark.parametrize("method", [".632", ".632+"])
 def test_point632_equals_mlxtends_on_the_same_splits(method, monkeypatch):
     """A 1-nearest-neighbor predictor on noisy classes. mlxtend is handed our draws, since its generator differs; it does not clip the rate of

@@ -57,7 +57,28 @@ def job(*texts: str, flags=(), tmp_path=None) -> config.Resolved[Job]:
 
 def test_yaml_is_read_as_1_2():
     text = "[1e-5, 1E3, no, on, yes, y, 12:30:00, 2001-01-01, 0o17, 010, 1_000, ~, null, true, .5, -.inf, 'true', 0x1F, <<, =]"
-    expected = [1e-5, 1e3, "no", "on", "yes", "y", "12:30:00", "2001-01-01", 15, 10, "1_000", None, None, True, 0.5, float("-inf"), "true", 31, "<<", "="]
+    expected = [
+        1e-5,
+        1e3,
+        "no",
+        "on",
+        "yes",
+        "y",
+        "12:30:00",
+        "2001-01-01",
+        15,
+        10,
+        "1_000",
+        None,
+        None,
+        True,
+        0.5,
+        float("-inf"),
+        "true",
+        31,
+        "<<",
+        "=",
+    ]
     found = config.scalar(text, name="x")
     assert found == expected and [type(x) for x in found] == [type(x) for x in expected]
 
@@ -115,7 +136,12 @@ def test_files_that_cannot_be_read(tmp_path):
     big, binary = tmp_path / "big.yaml", tmp_path / "b.yaml"
     big.write_text("a: " + "x" * config.MAX_BYTES)
     binary.write_bytes(b"a: \xff")
-    for path, message in [(big, "larger than"), (binary, "not UTF-8 at byte 3"), (tmp_path / "no.yaml", "No such file"), (tmp_path / "a.toml", "a .yaml")]:
+    for path, message in [
+        (big, "larger than"),
+        (binary, "not UTF-8 at byte 3"),
+        (tmp_path / "no.yaml", "No such file"),
+        (tmp_path / "a.toml", "a .yaml"),
+    ]:
         with pytest.raises(FileError, match=message):
             config.load(path)
 
@@ -124,7 +150,12 @@ def test_json_configs(tmp_path):
     path = tmp_path / "c.json"
     path.write_text('{"steps": 3, "optim": {"kind": "muon"}}')
     assert config.resolve(Job, [path]).spec == Job(steps=3, optim=Muon())
-    for text, message in [('{"a": 1, "a": 2}', "given twice"), ('{"a": 1,\n}', r"c\.json:2"), ("[" * 100_000, "nested"), ('{"a": ' + "9" * 5000 + "}", "not valid")]:
+    for text, message in [
+        ('{"a": 1, "a": 2}', "given twice"),
+        ('{"a": 1,\n}', r"c\.json:2"),
+        ("[" * 100_000, "nested"),
+        ('{"a": ' + "9" * 5000 + "}", "not valid"),
+    ]:
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             config.load(path)
@@ -137,12 +168,38 @@ def test_later_files_win_and_flags_last(tmp_path):
 
 def test_flags_take_dots_dashes_aliases_and_indices(tmp_path):
     text = "passes: [{kind: adam, lr: 1, betas: [0]}, muon]\nblocks: {full-attention: {width: 2}}\n"
-    flags = [("learning-rate", "2e-5"), ("max_steps", "7"), ("passes.0.lr", "3"), ("blocks.full-attention.width", "5"), ("inner.width", "9")]
+    flags = [
+        ("learning-rate", "2e-5"),
+        ("max_steps", "7"),
+        ("passes.0.lr", "3"),
+        ("passes.1.momentum", "0.1"),
+        ("blocks.full-attention.width", "5"),
+        ("inner.width", "9"),
+    ]
     spec = job(text, flags=flags, tmp_path=tmp_path).spec
     assert spec.optim == Adam(lr=2e-5) and spec.steps == 7
-    assert spec.passes == (Adam(lr=3, betas=(0,)), Muon())
+    assert spec.passes == (Adam(lr=3, betas=(0,)), Muon(momentum=0.1))
     assert spec.blocks["full-attention"].width == 5
     assert spec.inner == Block(width=9, optim=Muon(momentum=0.5))
+
+
+def test_flags_become_what_the_field_holds(tmp_path):
+    flags = [("name", "2024"), ("passes", "muon"), ("optim", "adam"), ("optim.betas", "0.5"), ("inner.width", "3")]
+    assert job(flags=flags, tmp_path=tmp_path).spec == Job(
+        name="2024", passes=(Muon(),), optim=Adam(betas=(0.5,), lr=5e-4), inner=Block(width=3, optim=Muon(momentum=0.5))
+    )
+    for text, value in [("no", "no"), ("1e-5", "1e-5"), ("true", "true")]:
+        assert job(flags=[("name", text)], tmp_path=tmp_path).spec.name == value
+
+
+def test_a_flag_into_a_list_keeps_everything_beside_it():
+    class Stack(Spec):
+        blocks: tuple[Block, ...] = ()
+
+    base = {"blocks": [{"width": 1}, {"width": 2, "optim": {"kind": "adam", "lr": 1, "betas": [0]}}]}
+    tree = config._single(("blocks", 1, "optim", "lr"), 7, "x", base)
+    assert tree.data == {"blocks": [{"width": 1}, {"width": 2, "optim": {"kind": "adam", "lr": 7, "betas": [0]}}]}
+    assert Stack(**tree.data).blocks[1].optim == Adam(lr=7, betas=(0,)) and base["blocks"][1]["optim"]["lr"] == 1
 
 
 def test_a_part_without_kind_is_the_default_part_with_changes(tmp_path):

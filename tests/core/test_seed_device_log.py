@@ -90,7 +90,7 @@ def test_terminals_get_color_unless_refused(monkeypatch):
 
 
 def test_plain_progress_is_sparse(monkeypatch, capsys):
-    clock = iter(range(0, 1000))
+    clock = iter(range(1000))
     monkeypatch.setattr(log_module.time, "monotonic", lambda: next(clock))
     with log.progress("training", 100) as bar:
         for _ in range(12):

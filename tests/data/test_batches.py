@@ -71,6 +71,19 @@ def test_a_mixture_deals_every_turn_once_and_keeps_to_its_shares(rates: list[int
             assert 2 * abs(count * sum(rates) - (slot + 1) * rate) <= max(1, len(rates) - 1) * sum(rates)
 
 
+def test_the_order_of_a_run_never_changes():
+    """Runs resume across releases: these values are part of the format."""
+    assert [permuted(index, 10, key=1) for index in range(10)] == [5, 0, 7, 3, 2, 4, 1, 8, 9, 6]
+    assert [Mixture([3, 1, 1]).turn(slot) for slot in range(6)] == [(0, 0), (0, 1), (1, 0), (2, 0), (0, 2), (0, 3)]
+
+
+def test_data_sets_of_equal_size_are_shuffled_apart():
+    sets = [(chats(30, packing="none"), 1), (chats(30, word="now", packing="none"), 1)]
+    batches = Batches(sets, seed=0, rows=60)
+    orders = [[bin_ for number, bin_ in batches.bins(0) if number == k] for k in (0, 1)]
+    assert sorted(orders[0]) == sorted(orders[1]) != orders[0] != orders[1]
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_each_epoch_holds_each_bin_once_in_a_new_order(rows: int):
     prepared = chats(60)
@@ -91,7 +104,9 @@ def test_batch_i_is_a_pure_function(tmp_path):
     batches = Batches(sets, seed=5, rows=4)
     straight = [batches.batch(i) for i in range(12)]
     fresh = Batches([(chats(50), 2), (chats(30, word="no"), 1)], seed=5, rows=4)
-    loaded = Batches([(Prepared.load(prepared.save(tmp_path / str(n))), weight) for n, (prepared, weight) in enumerate(sets)], seed=5, rows=4)
+    loaded = Batches(
+        [(Prepared.load(prepared.save(tmp_path / str(n))), weight) for n, (prepared, weight) in enumerate(sets)], seed=5, rows=4
+    )
     for i in np.random.default_rng(0).permutation(12).tolist():
         assert same(fresh.batch(i), straight[i]) and same(loaded.batch(i), straight[i]) and same(batches.batch(i), straight[i])
     assert fresh.fingerprint == loaded.fingerprint == batches.fingerprint

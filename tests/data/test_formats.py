@@ -47,7 +47,11 @@ REFUSED = [
     ({}, "tokens", r"no format fits the columns \(none\)"),
     ({"text": "t", "messages": PAIR}, "tokens", "fit the formats 'messages' and 'text' equally well; say which one with --format"),
     ({"instruction": "i", "input": "", "output": "o", "text": "t"}, "tokens", "fit the formats 'alpaca' and 'text' equally well"),
-    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "tokens", "'preference' serve preference training, not next-token training .which takes: alpaca"),
+    (
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        "tokens",
+        "'preference' serve preference training, not next-token training .which takes: alpaca",
+    ),
     ({"prompt": "q", "completion": "a", "label": False}, "tokens", "'labeled' serve training on labels, not next-token"),
     ({"prompt": "q"}, "tokens", "'prompt' serve rollouts, not next-token"),
     ({"text": "t"}, "preference", "'text' serve next-token training, not preference training .which takes: preference"),
@@ -96,7 +100,13 @@ def test_text_and_plain_completion():
 
 def test_messages_with_tools_calls_and_loss_flags():
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
-    messages = [{"role": "system", "content": "s"}, USER, {**call, "weight": 0}, {"role": "tool", "content": "r"}, {**ANSWER, "train": True}]
+    messages = [
+        {"role": "system", "content": "s"},
+        USER,
+        {**call, "weight": 0},
+        {"role": "tool", "content": "r"},
+        {**ANSWER, "train": True},
+    ]
     want = Conversation(({"role": "system", "content": "s"}, USER, call, {"role": "tool", "content": "r"}, ANSWER), (TOOL,), frozenset({2}))
     assert example({"messages": messages, "tools": [TOOL]}, "messages") == want
     assert example({"messages": messages, "tools": json.dumps([TOOL])}, "messages") == want
@@ -173,9 +183,10 @@ def test_a_turn_switched_off_is_context_and_no_target(forgets: bool):
         assert [row.ids for row in got] == [row.ids for row in whole]
         alone = prompt.rows(talk(*contents[: off + 1]), turns="last")[-1]
         lost = [
-            [token for token, was, on in zip(a.ids, a.targets, b.targets, strict=True) if was and not on] for a, b in zip(whole, got, strict=True)
+            [token for token, was, on in zip(a.ids, a.targets, b.targets, strict=True) if was and not on]
+            for a, b in zip(whole, got, strict=True)
         ]
-        assert sum(lost, []) == [token for token, on in zip(alone.ids, alone.targets, strict=True) if on]
+        assert [token for row in lost for token in row] == [token for token, on in zip(alone.ids, alone.targets, strict=True) if on]
         assert not any(on and not was for a, b in zip(whole, got, strict=True) for was, on in zip(a.targets, b.targets, strict=True))
 
 

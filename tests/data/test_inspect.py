@@ -12,7 +12,11 @@ from trivium.data.prepare import prepare
 
 
 def test_the_numbers():
-    rows = [{"messages": talk("q", "a")}] * 3 + [{"messages": talk("q", "aaaa")}, {"messages": talk("q")}, {"messages": talk("q", "a" * 50)}]
+    rows = [{"messages": talk("q", "a")}] * 3 + [
+        {"messages": talk("q", "aaaa")},
+        {"messages": talk("q")},
+        {"messages": talk("q", "a" * 50)},
+    ]
     prepared = prepare(rows, FakePrompt(), length=20, max_empty=1, max_dropped=1)
     got = inspect(prepared)  # a row of "q", "a": BOS u : q STOP a : a STOP
     assert (got.rows, got.tokens, got.supervised) == (4, 3 * 9 + 12, 3 * 2 + 5)

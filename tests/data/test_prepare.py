@@ -72,7 +72,12 @@ def test_split_documents_lose_no_token_and_no_prediction(texts: list[str], lengt
 
 
 def test_rows_with_nothing_to_learn_stop_before_the_first_step():
-    rows = [*CHATS[:2], {"messages": talk("only a question")}, {"messages": talk("q", "")}, {"messages": [{**CHATS[0]["messages"][1], "train": False}]}]
+    rows = [
+        *CHATS[:2],
+        {"messages": talk("only a question")},
+        {"messages": talk("q", "")},
+        {"messages": [{**CHATS[0]["messages"][1], "train": False}]},
+    ]
     with pytest.raises(DataError) as caught:
         prepare(rows, FakePrompt(), length=64)
     assert str(caught.value) == (
@@ -90,7 +95,9 @@ def test_rows_with_nothing_to_learn_stop_before_the_first_step():
 def test_rows_that_are_too_long_are_dropped_or_cut_by_order_only():
     long = {"messages": talk("q", "a" * 100)}
     late = {"messages": talk("q" * 100, "a")}
-    with pytest.raises(DataError, match=r"2 of 4 rows are longer than 50 tokens; .*--max-dropped 2: rows:2 \(108 tokens\), rows:3 \(108 tokens\)"):
+    with pytest.raises(
+        DataError, match=r"2 of 4 rows are longer than 50 tokens; .*--max-dropped 2: rows:2 \(108 tokens\), rows:3 \(108 tokens\)"
+    ):
         prepare([CHATS[0], long, late, CHATS[1]], FakePrompt(), length=50)
     dropped = prepare([CHATS[0], long, late, CHATS[1]], FakePrompt(), length=50, max_dropped=2)
     assert len(dropped) == 2 and dropped.facts.dropped.count == 2
@@ -126,7 +133,9 @@ def test_the_first_token_of_a_row_is_never_a_target():
             row = super().completion(prompt, completion)
             return dataclasses.replace(row, targets=[True] * len(row.ids))
 
-    (row,) = prepared_rows(prepare([{"prompt": "", "completion": "ab"}], Eager(), length=8))
+    prepared = prepare([{"prompt": "", "completion": "ab"}], Eager(), length=8)
+    (row,) = prepared_rows(prepared)
+    assert prepared.supervised == 3
     assert row[0][0] == BOS and row[0][-1] == STOP and row[1] == [False, True, True, True]
 
 
@@ -147,9 +156,16 @@ def test_the_fingerprint_follows_what_a_batch_holds():
         prepare(CHATS, FakePrompt(forgets=True), length=64),
         prepare(CHATS[::-1], FakePrompt(), length=64),
         prepare([{"messages": talk("question 0", "yeS", "more?", "no")}, *CHATS[1:]], FakePrompt(), length=64),
-        prepare([{"messages": [*CHATS[0]["messages"][:3], {**CHATS[0]["messages"][3], "train": False}]}, *CHATS[1:]], FakePrompt(), length=64),
+        prepare(
+            [{"messages": [*CHATS[0]["messages"][:3], {**CHATS[0]["messages"][3], "train": False}]}, *CHATS[1:]], FakePrompt(), length=64
+        ),
     ]
     assert len({base, *(prepared.fingerprint for prepared in other)}) == 8
+    first, second = (
+        [{**message, "train": k != off} if k % 2 else message for k, message in enumerate(talk("q", "a", "r", "b"))] for off in (1, 3)
+    )
+    one, two = (prepare([{"messages": messages}], FakePrompt(), length=64) for messages in (first, second))
+    assert one.tokens.tolist() == two.tokens.tolist() and one.supervised == two.supervised and one.fingerprint != two.fingerprint
 
 
 def test_save_and_load_are_the_same_data(tmp_path: Path):

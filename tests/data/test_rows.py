@@ -71,7 +71,10 @@ def test_an_empty_text_file_is_an_empty_document(tmp_path: Path):
 def test_parquet_gives_rows_in_order_and_nulls_are_absent(tmp_path: Path):
     path = tmp_path / "a.parquet"
     given = [
-        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a", "train": n % 2 == 0 or None}], "tools": None}
+        {
+            "messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a", "train": n % 2 == 0 or None}],
+            "tools": None,
+        }
         for n in range(700)
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(given), path, row_group_size=300)

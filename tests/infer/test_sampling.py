@@ -71,16 +71,19 @@ def agree(scores: Tensor, filters: Filters) -> float:
     naive = filters.apply(scores)
     # a weight that fp32 rounds to 0 is dropped by both draws
     assert torch.equal(fast[certain], ((naive - naive.amax(-1, keepdim=True)).exp() > 0)[certain])
-    for u in (0.0, 0.3, 0.77, 1 - 2.0**-52):
+    for u in (0.0, 0.3, 0.77, 0.999):
         at = torch.full((len(scores),), u, dtype=torch.float64)
         assert torch.equal(pick_fast(scores, filters, at), pick(scores, filters, at))
+    for way in (pick, pick_fast):  # the last place: rounding may choose among the unlikely, never what is dropped
+        last = way(scores, filters, torch.full((len(scores),), 1 - 2.0**-52, dtype=torch.float64))
+        assert kept(naive).gather(1, last[:, None]).all()
     return certain.double().mean().item()
 
 
 # temperature
 
 
-@pytest.mark.concept("T09.02")
+@pytest.mark.concept("T09.02", part="infer/steps.py")
 @pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 1.3, 2.0])
 def test_temperature_is_transformers(temperature: float) -> None:
     """The scores before the draw equal the warper's: the token at every u is the same."""
@@ -91,7 +94,7 @@ def test_temperature_is_transformers(temperature: float) -> None:
     assert torch.equal(sampler.step(scores).ids, draw(warped, uniforms(torch.arange(50), torch.zeros(50, dtype=torch.int64))))
 
 
-@pytest.mark.concept("T09.02")
+@pytest.mark.concept("T09.02", part="infer/steps.py")
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 def test_sampled_frequencies_are_the_softmax(temperature: float) -> None:
     row = logits(1, 30, scale=1.5)[0]
@@ -99,7 +102,7 @@ def test_sampled_frequencies_are_the_softmax(temperature: float) -> None:
     assert fit(histogram(row, Sampling(temperature=temperature)), (row / (temperature * 1.2)).softmax(-1)) < 0.001
 
 
-@pytest.mark.concept("T09.02")
+@pytest.mark.concept("T09.02", part="infer/steps.py")
 def test_entropy_rises_with_temperature_between_its_limits() -> None:
     row = logits(1, 30)[0]
     entropies = []
@@ -116,7 +119,7 @@ def test_entropy_rises_with_temperature_between_its_limits() -> None:
 # top-k
 
 
-@pytest.mark.concept("T09.04")
+@pytest.mark.concept("T09.04", part="infer/steps.py")
 @pytest.mark.parametrize("make", [logits, tied, half])
 @pytest.mark.parametrize("k", [1, 2, 7, 39, 40, 41, 1000])
 def test_top_k_is_transformers(make, k: int) -> None:
@@ -125,7 +128,7 @@ def test_top_k_is_transformers(make, k: int) -> None:
     assert torch.equal(top_k(scores, k=torch.full((500, 1), k), most=k), expected)
 
 
-@pytest.mark.concept("T09.04")
+@pytest.mark.concept("T09.04", part="infer/steps.py")
 def test_top_k_of_each_row_and_its_frequencies() -> None:
     scores = tied(4, 40)
     out = top_k(scores, k=torch.tensor([[0], [3], [12], [99]]), most=99)
@@ -139,7 +142,7 @@ def test_top_k_of_each_row_and_its_frequencies() -> None:
 # top-p
 
 
-@pytest.mark.concept("T09.03")
+@pytest.mark.concept("T09.03", part="infer/steps.py")
 @pytest.mark.parametrize("make", [logits, tied, half])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 0.95, 0.999])
 def test_top_p_keeps_the_set_of_transformers(make, p: float) -> None:
@@ -147,10 +150,10 @@ def test_top_p_keeps_the_set_of_transformers(make, p: float) -> None:
     expected = kept(hf.TopPLogitsWarper(p)(None, scores))
     columns = torch.full((10_000, 1), p, dtype=torch.float64)
     assert torch.equal(kept(top_p(scores, p=columns)), expected)
-    assert agree(scores, Filters.of([0] * 10_000, [p] * 10_000, [0.0] * 10_000)) > (0.0 if make is tied else 0.7)
+    assert agree(scores[:1000], Filters.of([0] * 1000, [p] * 1000, [0.0] * 1000)) > (0.0 if make is tied else 0.7)
 
 
-@pytest.mark.concept("T09.03")
+@pytest.mark.concept("T09.03", part="infer/steps.py")
 def test_top_p_is_minimal_reaches_p_and_adapts() -> None:
     scores = logits(2000, 60) * torch.linspace(0.05, 1, 2000)[:, None]
     p = 0.8
@@ -166,7 +169,7 @@ def test_top_p_is_minimal_reaches_p_and_adapts() -> None:
     assert kept(top_p(scores, p=torch.full((2000, 1), 1e-9, dtype=torch.float64))).sum(-1).eq(1).all()
 
 
-@pytest.mark.concept("T09.03")
+@pytest.mark.concept("T09.03", part="infer/steps.py")
 def test_top_p_frequencies_and_rows_of_their_own() -> None:
     row = logits(1, 30, scale=1.5)[0]
     expected = hf.TopPLogitsWarper(0.7)(None, row[None])[0].softmax(-1)
@@ -182,7 +185,7 @@ def test_top_p_frequencies_and_rows_of_their_own() -> None:
 # min-p
 
 
-@pytest.mark.concept("T09.05")
+@pytest.mark.concept("T09.05", part="infer/steps.py")
 @pytest.mark.parametrize("make", [logits, tied, half])
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.1, 0.5, 1.0])
 def test_min_p_is_transformers(make, p: float) -> None:
@@ -193,7 +196,7 @@ def test_min_p_is_transformers(make, p: float) -> None:
     assert torch.equal(out, hf.MinPLogitsWarper(p)(None, scores))
 
 
-@pytest.mark.concept("T09.05")
+@pytest.mark.concept("T09.05", part="infer/steps.py")
 def test_min_p_frequencies() -> None:
     row = logits(1, 30, scale=1.5)[0]
     expected = hf.MinPLogitsWarper(0.2)(None, row[None])[0].softmax(-1)
@@ -250,16 +253,26 @@ def test_the_fast_way_is_the_naive_one(scale: float, only_top_k: bool) -> None:
     some = torch.Generator().manual_seed(1)
 
     def choose(*values: float) -> list:
-        return [values[i] for i in torch.randint(len(values), (60,), generator=some).tolist()]
+        return [values[i] for i in torch.randint(len(values), (300,), generator=some).tolist()]
 
-    scores = logits(60, 3000, scale=scale)
-    scores[30:] = scores[30:].mul(2).round()  # ties
+    scores = logits(300, 2000, scale=scale)
+    scores[200:] = scores[200:].mul(2).round()  # ties
     k = choose(1, 5, 40, 300) if only_top_k else choose(0, 0, 1, 40, 511, 512, 513, 5000)
-    share = agree(scores, Filters.of(k, choose(1e-6, 0.3, 0.9, 0.999999, 1.0), choose(0.0, 0.05, 0.5, 1.0)))
+    share = agree(scores, Filters.of(k, choose(1e-6, 0.1, 0.3, 0.6, 0.9, 0.999999, 1.0), choose(0.0, 0.0, 0.05, 0.5, 1.0)))
     assert share > (0.1 if scale > 1 else 0.0)
 
 
-@settings(max_examples=200, deadline=None)
+def test_the_fast_way_leaves_thresholds_within_rounding_to_the_naive() -> None:
+    """Each row's threshold is a cumulative mass, or a ratio, of its own: fp32 rounding decides, here and there differently."""
+    scores = logits(3000, 40, scale=2.0)
+    mass = scores.double().softmax(-1).sort(descending=True).values.cumsum(-1)[:, 5].clamp(max=0.999).tolist()
+    assert agree(scores, Filters.of([0] * 3000, mass, [0.0] * 3000)) == 0
+    ordered = scores.softmax(-1).sort(descending=True).values
+    ratio = (ordered[:, 5] / ordered[:, 0]).tolist()
+    assert agree(scores, Filters.of([0] * 3000, [1.0] * 3000, ratio)) == 0
+
+
+@settings(max_examples=200)
 @given(
     st.lists(st.integers(-4, 4), min_size=1, max_size=12),
     st.integers(0, 13),
@@ -322,7 +335,7 @@ SETTINGS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(SETTINGS, min_size=1, max_size=5), st.integers(0, 1000))
 def test_a_row_is_what_it_is_alone(rows: list[Sampling], seed: int) -> None:
     """Vectorized rows with settings of their own = one row at a time from the definitions, also after rows leave."""

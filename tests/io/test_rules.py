@@ -28,7 +28,11 @@ def stored() -> dict[str, torch.Tensor]:
 
     out = {"model.embed.weight": draw(7, 5)}
     for i in (0, 1, 10):
-        out |= {f"model.layers.{i}.norm.weight": draw(5), f"model.layers.{i}.proj.weight": draw(4, 5), f"model.layers.{i}.proj.bias": draw(5)}
+        out |= {
+            f"model.layers.{i}.norm.weight": draw(5),
+            f"model.layers.{i}.proj.weight": draw(4, 5),
+            f"model.layers.{i}.proj.bias": draw(5),
+        }
         out |= {f"model.layers.{i}.qkv.weight": draw(8, 5), f"model.layers.{i}.qkv.bias": draw(8)}
         out |= {f"model.layers.{i}.experts.{j}.up.weight": draw(6, 5) for j in range(3)}
     return out

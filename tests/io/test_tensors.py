@@ -243,7 +243,8 @@ def test_directory_is_replaced_whole_or_not_at_all(tmp_path):
     assert [path.name for path in place.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [place]
 
 
-def test_failing_last_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error, seen", [(OSError(28, "No space left on device"), FileError), (KeyboardInterrupt(), KeyboardInterrupt)])
+def test_failing_last_rename_puts_the_old_directory_back(tmp_path, monkeypatch, error, seen):
     place = tmp_path / "model"
     with files.atomic_directory(place, overwrite=False) as partial:
         (partial / "old").write_text("1")
@@ -251,10 +252,10 @@ def test_failing_last_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
 
     def failing(self: Path, target: Path) -> Path:
         if ".partial-" in self.name:
-            raise OSError(28, "No space left on device")
+            raise error
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(FileError, match="No space left"), files.atomic_directory(place, overwrite=True) as partial:
+    with pytest.raises(seen), files.atomic_directory(place, overwrite=True) as partial:
         (partial / "new").write_text("2")
     assert [path.name for path in place.iterdir()] == ["old"] and list(tmp_path.iterdir()) == [place]

@@ -79,7 +79,10 @@ def test_wsd_is_transformers(descent):
 
 
 @given(
-    st.sampled_from([Constant, Linear, Cosine, WSD]), st.one_of(st.integers(0, 40), st.floats(0, 0.99)), st.integers(1, 60), st.integers(0, 80)
+    st.sampled_from([Constant, Linear, Cosine, WSD]),
+    st.one_of(st.integers(0, 40), st.floats(0, 0.99)),
+    st.integers(1, 60),
+    st.integers(0, 80),
 )
 @settings(max_examples=200, deadline=None)
 def test_factors_stay_between_zero_and_one(cls, warmup, total, step):
@@ -87,7 +90,12 @@ def test_factors_stay_between_zero_and_one(cls, warmup, total, step):
 
 
 def test_after_the_end_the_factor_is_the_minimum():
-    assert [s.factor(9, 9) for s in (Constant(), Linear(minimum=0.3), Cosine(minimum=0.3, cycles=2), WSD(minimum=0.3))] == [1.0, 0.3, 0.3, 0.3]
+    assert [s.factor(9, 9) for s in (Constant(), Linear(minimum=0.3), Cosine(minimum=0.3, cycles=2), WSD(minimum=0.3))] == [
+        1.0,
+        0.3,
+        0.3,
+        0.3,
+    ]
 
 
 def test_a_schedule_is_found_by_its_kind():

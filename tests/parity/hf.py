@@ -38,7 +38,7 @@ def redraw(model: torch.nn.Module, *, seed: int) -> None:
         elif parameter.dim() == 1:
             parameter.copy_(1.0 + 0.3 * noise)
         else:
-            parameter.copy_(noise * (1.0 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5))
+            parameter.copy_(1.5 * parameter.shape[1] ** -0.5 * noise)
 
 
 def save(model: transformers.PreTrainedModel, path: Path, **options: Any) -> Path:
@@ -57,6 +57,12 @@ def logits(model: transformers.PreTrainedModel, tokens: torch.Tensor) -> torch.T
 def greedy(model: transformers.PreTrainedModel, prompt: torch.Tensor, count: int) -> torch.Tensor:
     """`count` greedy tokens for each row of `prompt` [B, T]; no end-of-text, no guessed mask."""
     out = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=True
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        use_cache=True,
     )
     return out[:, prompt.shape[1] :]

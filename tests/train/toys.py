@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,21 @@ class Rows:
         return Batch(tokens, segments, targets)
 
 
+@dataclass(frozen=True)
+class Signalled(Rows):
+    """Sends this process a signal while batch `at` is made, `times` times."""
+
+    at: int = 0
+    times: int = 1
+    number: int = signal.SIGINT
+
+    def batch(self, i: int) -> Batch:
+        if i == self.at:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+        return super().batch(i)
+
+
 def model(*, lora: float | None = None) -> nn.Module:
     """A tiny Llama with every parameter drawn, so that norms count too; with `lora`, adapters of that dropout and nothing else to train."""
     spec = llama(dim=16, layers=2, heads=4, kv_heads=2, head_dim=4, hidden=24, vocab=VOCAB, context=64)
@@ -90,7 +106,13 @@ CONFIG = TrainConfig(steps=6, rows=4, micro=2, precision="fp32", seed=3, save_ev
 
 
 def train(
-    directory: Path, *, config: TrainConfig = CONFIG, of: nn.Module | None = None, rows: Rows | None = None, optim: AdamW | None = None, **given
+    directory: Path,
+    *,
+    config: TrainConfig = CONFIG,
+    of: nn.Module | None = None,
+    rows: Rows | None = None,
+    optim: AdamW | None = None,
+    **given,
 ) -> tuple[nn.Module, Fit]:
     """One run; the default is six steps of LoRA with dropout, accumulation and validation."""
     trained = of if of is not None else model(lora=0.1)
@@ -131,9 +153,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def restart(directory: Path, copy: Path) -> Path:
-    """A copy of a run's folder, so that several continuations can start from it."""
-    shutil.rmtree(copy, ignore_errors=True)
-    return Path(shutil.copytree(directory, copy))

@@ -96,7 +96,12 @@ def paired(
         raise DataError(f"paired rows must correspond one to one, got {list(one.shape)} and {list(two.shape)}")
     both = np.stack([one, two], axis=1)  # [N, 2] or [N, 2, K]
     return interval(
-        both, lambda draws: statistic(draws[:, :, 1]) - statistic(draws[:, :, 0]), method=method, level=level, resamples=resamples, seed=seed
+        both,
+        lambda draws: statistic(draws[:, :, 1]) - statistic(draws[:, :, 0]),
+        method=method,
+        level=level,
+        resamples=resamples,
+        seed=seed,
     )
 
 

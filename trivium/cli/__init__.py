@@ -71,7 +71,9 @@ def build(*, asked: Command | None = None) -> App:
         app.command(group)
     for command in COMMANDS:
         *group, name = command.name.split()
-        (groups[group[0]] if group else app).command(command.target, name=name, help=None if command is asked else command.help, help_format="plaintext")
+        (groups[group[0]] if group else app).command(
+            command.target, name=name, help=None if command is asked else command.help, help_format="plaintext"
+        )
     return app
 
 

@@ -36,4 +36,6 @@ def concepts(query: str | None = None, /, *, all: bool = False, json: bool = Fal
     shown = rows if all else there
     if shown:
         answer(shown, as_json=False)
-    answer(f"{len(there)} of {len(rows)} are there" + ("" if all or len(there) == len(rows) else "; --all lists the rest, too"), as_json=False)
+    answer(
+        f"{len(there)} of {len(rows)} are there" + ("" if all or len(there) == len(rows) else "; --all lists the rest, too"), as_json=False
+    )

@@ -61,7 +61,10 @@ def pairs(flags: Sequence[str]) -> list[tuple[str, str]]:
 def answer(value: Any, *, as_json: bool) -> None:
     """The answer on stdout: JSON, or a list of records as a table, a spec as YAML, anything else as text."""
     if isinstance(value, Spec):
-        print(json.dumps(value.to_dict(defaults=True), indent=1) if as_json else config.dump(value.to_dict(defaults=True)), end="\n" if as_json else "")
+        print(
+            json.dumps(value.to_dict(defaults=True), indent=1) if as_json else config.dump(value.to_dict(defaults=True)),
+            end="\n" if as_json else "",
+        )
     elif as_json:
         print(json.dumps(value, indent=1, ensure_ascii=False))
     elif isinstance(value, list) and value and isinstance(value[0], Mapping):
@@ -89,6 +92,10 @@ def _fields(cls: type[Spec], prefix: str) -> list[tuple[str, str, str]]:
                 rows.append((f"--{prefix}{name}", str(kind), said))
             rows += _fields(type(default), f"{prefix}{name}.")
         elif name != "kind":
-            shown = "(required)" if info.is_required() else json.dumps(default if not isinstance(default, Mapping) else dict(default), default=str)
+            shown = (
+                "(required)"
+                if info.is_required()
+                else json.dumps(default if not isinstance(default, Mapping) else dict(default), default=str)
+            )
             rows.append((f"--{prefix}{name}", shown, said))
     return rows

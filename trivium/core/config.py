@@ -37,7 +37,7 @@ _CORE = (  # YAML 1.2, core schema: the patterns, and the characters that can st
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 - PyYAML's own protocol; the 1.1 patterns are not inherited
+    yaml_implicit_resolvers: dict = {}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -211,7 +211,7 @@ def resolve(
         dropped += _lay(cls, whole, load(path))
     for name, text in flags:
         steps = _steps(cls, name, whole.data, aliases or {})
-        value = scalar(text, name=f"--{name}")
+        value = _flag(text, _annotation(cls, steps, whole.data), name=f"--{name}")
         dropped += _lay(cls, whole, _single(steps, value, f"--{name}", whole.data))
     try:
         return Resolved(validate(cls, _complete(cls, whole.data)), tuple(dropped))
@@ -235,27 +235,48 @@ def _steps(cls: type[Spec], name: str, data: Any, aliases: Mapping[str, str]) ->
                 raise ConfigError(f"--{name}: {word!r} is no index of a list of {len(data)}", field=name)
             step = int(word)
         steps.append(step)
-        data = data[step] if isinstance(step, int) else data.get(step) if isinstance(data, Mapping) else None
+        data = _at(data, step)
     return tuple(steps)
 
 
-def _single(steps: Steps, value: Any, origin: str, base: Any) -> Tree:
-    """A tree with one value; a list on the way is copied whole, since overlays replace lists."""
-    tree = Tree(lines={steps[:n]: origin for n in range(1, len(steps) + 1)})
+def _at(data: Any, step: str | int) -> Any:
+    if isinstance(data, list) and isinstance(step, int):
+        return data[step]
+    return data.get(step) if isinstance(data, dict) else None
 
-    def wrap(at: int, below: Any) -> Any:
+
+def _annotation(annotation: Any, steps: Steps, data: Any) -> Any:
+    """The annotation of the value at the end of `steps`; None where only a default would tell."""
+    for step in steps:
+        annotation = _inside(annotation, _member(annotation, data if isinstance(data, Mapping) else {}), step)
+        data = _at(data, step)
+    return annotation
+
+
+def _flag(text: str, annotation: Any, *, name: str) -> Any:
+    """The value of a flag: a field of words keeps `2024` and `true` as words, one value is a list where a list is due."""
+    value, types = scalar(text, name=name), [t for t in _types(annotation) if t is not type(None)]
+    if value is None or isinstance(value, list | dict) or not types:
+        return value
+    if all(get_origin(t) in (list, tuple) for t in types):
+        return [_flag(text, get_args(types[0])[0], name=name)]
+    return text if types == [str] else value
+
+
+def _single(steps: Steps, value: Any, origin: str, base: Any) -> Tree:
+    """A tree with one value. Overlays replace lists, so inside a list everything else is copied."""
+
+    def wrap(at: int, below: Any, copied: Mapping[str, Any]) -> Any:
         if at == len(steps):
             return value
         step = steps[at]
         if isinstance(step, int):
-            inside = wrap(at + 1, below[step])
-            if isinstance(inside, dict) and isinstance(below[step], dict):
-                inside = {**below[step], **inside}
-            return [*below[:step], inside, *below[step + 1 :]]
-        return {step: wrap(at + 1, below.get(step) if isinstance(below, dict) else None)}
+            item = {"kind": below[step]} if isinstance(below[step], str) and at + 1 < len(steps) else below[step]
+            return [*below[:step], wrap(at + 1, item, item if isinstance(item, dict) else {}), *below[step + 1 :]]
+        inside = below.get(step) if isinstance(below, dict) else None
+        return {**copied, step: wrap(at + 1, inside, inside if copied and isinstance(inside, dict) else {})}
 
-    tree.data = wrap(0, base)
-    return tree
+    return Tree(wrap(0, base, {}), {steps[:n]: origin for n in range(1, len(steps) + 1)})
 
 
 def _lay(cls: type[Spec], whole: Tree, overlay: Tree) -> list[str]:

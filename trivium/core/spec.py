@@ -66,7 +66,9 @@ class Spec(BaseModel):
             fields = cls.model_fields
             for key in data:
                 if key not in fields and not _is_open_root(cls):
-                    raise PydanticCustomError("unknown_field", "{message}", {"message": unknown("field", str(key), fields), "key": str(key)})
+                    raise PydanticCustomError(
+                        "unknown_field", "{message}", {"message": unknown("field", str(key), fields), "key": str(key)}
+                    )
         return handler(data)
 
     def replace(self, **changes: Any) -> Self:

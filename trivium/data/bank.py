@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from trivium.core.errors import FileError
-
+from ..core.errors import FileError
 from .packing import Bins
 
 INDEX = np.dtype([("offset", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("source", "<i4"), ("line", "<i8")])
@@ -122,7 +121,8 @@ class Prepared:
                 file.flush()
                 os.fsync(file.fileno())
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
-        meta = {"version": VERSION, "fingerprint": self.fingerprint, "length": self.length, "facts": dataclasses.asdict(self.facts), "files": files}
+        facts = dataclasses.asdict(self.facts)
+        meta = {"version": VERSION, "fingerprint": self.fingerprint, "length": self.length, "facts": facts, "files": files}
         with (directory / META).open("w", encoding="utf-8") as file:
             json.dump({**meta, "sha256": _digest(meta)}, file, indent=1)
             file.flush()
@@ -139,13 +139,13 @@ class Prepared:
             if not path.is_file() or path.stat().st_size != told["bytes"] or _hash(path) != told["sha256"]:
                 raise FileError(f"{path}: missing or damaged; prepare the data again", value=str(path))
         try:
-            arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("tokens", "targets", "index")}
+            arrays = [np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("tokens", "targets", "index")]
             bins = Bins(*(np.load(directory / f"{name}.npy", allow_pickle=False) for name in ("rows", "starts")))
         except (ValueError, OSError, EOFError) as error:
             raise FileError(f"{directory}: holds an array that cannot be read ({error}); prepare the data again") from error
         facts = dict(meta["facts"])
         tallies = {name: Tally(facts[name]["count"], tuple(facts[name]["first"])) for name in ("empty", "dropped", "truncated", "split")}
-        return cls(**arrays, bins=bins, length=meta["length"], facts=Facts(**{**facts, **tallies}), fingerprint=meta["fingerprint"])
+        return cls(*arrays, bins, meta["length"], Facts(**{**facts, **tallies}), meta["fingerprint"])
 
 
 def _meta(directory: Path) -> dict[str, Any]:

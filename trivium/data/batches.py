@@ -13,9 +13,8 @@ from math import ceil, prod
 import numpy as np
 import torch
 
-from trivium.core.errors import ConfigError
-from trivium.core.seed import derive
-
+from ..core.errors import ConfigError
+from ..core.seed import derive
 from .bank import Prepared
 from .batch import Batch
 from .order import Mixture, permuted

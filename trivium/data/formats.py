@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trivium.core.errors import DataError, TriviumError, unknown
-from trivium.core.registry import Registry
-
+from ..core.errors import DataError, TriviumError, unknown
+from ..core.registry import Registry
 from .rows import Record
 
 if TYPE_CHECKING:
-    from trivium.text.prompt import Prompt, Row
+    from ..text.prompt import Prompt, Row
 
 Turns = Literal["all", "last"]
 Message = dict[str, Any]
@@ -141,9 +140,8 @@ def choose(records: Sequence[Record], *, name: str | None = None, feeds: str = "
         if first is None:
             first = found
         if found is not first:
-            raise DataError(
-                f"{record.where}: looks like {found.name!r}, but {records[0].where} like {first.name!r}; say which with --format, or separate them"
-            )
+            other = f"{records[0].where} like {first.name!r}"
+            raise DataError(f"{record.where}: looks like {found.name!r}, but {other}; say which with --format, or separate them")
     assert first is not None, "the first rows are needed to tell the format"
     return first
 
@@ -287,10 +285,10 @@ def _alpaca(row: Mapping[str, Any]) -> Conversation:
 
 
 SPEAKERS = {
-    **{name: "user" for name in ("human", "user")},
-    **{name: "assistant" for name in ("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call")},
-    **{name: "tool" for name in ("tool", "observation", "function_response")},
     "system": "system",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
 }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from .bank import Facts, Prepared, Tally
 
 if TYPE_CHECKING:
-    from trivium.text.tokenizer import Tokenizer
+    from ..text.tokenizer import Tokenizer
 
 OPEN, CLOSE = "⟦", "⟧"  # around trained tokens where there is no color
 TRAINED, CONTEXT, RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"

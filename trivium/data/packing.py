@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trivium.core.registry import Registry
+from ..core.registry import Registry
 
 Pack = Callable[[np.ndarray, int], np.ndarray]
 packings: Registry[Pack] = Registry("packing")

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from trivium.core.errors import ConfigError, DataError, TriviumError
-
+from ..core.errors import ConfigError, DataError, TriviumError
 from .bank import INDEX, Facts, Prepared, Tally
 from .formats import Format, Turns, choose, convert
 from .packing import pack
 from .rows import Record
 
 if TYPE_CHECKING:
-    from trivium.text.prompt import Prompt, Row
+    from ..text.prompt import Prompt, Row
 
 PEEKED = 16  # rows that must agree on a format
 LISTED = 5  # places that are named for each kind of trouble
@@ -132,16 +131,16 @@ class _Bank:
 
     def check(self, *, max_dropped: int | None, max_empty: int | None) -> None:
         """Raise if more went wrong than was allowed."""
-        limits: tuple[tuple[str, int | None, Callable[[int], str]], ...] = (
-            ("empty", max_empty, lambda n: f"have no token to train on; mend them, or allow them with --max-empty {n}"),
-            ("dropped", max_dropped, lambda n: f"are longer than {self.length} tokens; raise the length, cut them, or allow --max-dropped {n}"),
-        )
+        limits = {
+            "empty": (max_empty, "have no token to train on; mend them, or allow them with --max-empty"),
+            "dropped": (max_dropped, f"are longer than {self.length} tokens; raise the length, cut them, or allow --max-dropped"),
+        }
         troubles = []
-        for kind, limit, say in limits:
+        for kind, (limit, trouble) in limits.items():
             tally = self.tallies.tally(kind)
             if limit is not None and tally.count > limit:
                 more = ", ..." if tally.count > len(tally.first) else ""
-                troubles.append(f"{tally.count} of {self.examples} rows {say(tally.count)}: {', '.join(tally.first)}{more}")
+                troubles.append(f"{tally.count} of {self.examples} rows {trouble} {tally.count}: {', '.join(tally.first)}{more}")
         if troubles:
             raise DataError("\n".join(troubles))
         if not self.tokens:

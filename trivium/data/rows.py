@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from trivium.core.errors import DataError
+from ..core.errors import DataError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet",)
@@ -157,7 +157,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _lines(path: Path, size: int) -> Iterator[tuple[int, bytes]]:
-    """Lines of at most `size` bytes with their numbers, or the whole file when it holds no newline; `DataError` where reading breaks off."""
+    """Lines of at most `size` bytes with their numbers, from 1; `DataError` where a line is longer or reading breaks off."""
     import lzma
 
     number = 1

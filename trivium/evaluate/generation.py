@@ -11,40 +11,40 @@ from typing import Literal
 from pydantic import Field, SerializeAsAny
 
 from ..core.errors import DataError
+from ..core.seed import derive
 from ..data import formats
 from ..data.formats import Completion, Conversation, Text
 from ..data.rows import Record
 from ..infer.generate import generate
 from ..infer.sampling import Sampling
 from .scorers import Exact, Scorer
-from .task import Finish, Sample, Subject, Task, key, shots
+from .task import Finish, Prompted, Sample, Subject, key
 
 Asked = tuple[Completion | Conversation, str]
 """A row, with its solved examples in front, and the answer that is expected."""
 
 
-class Generate(Task):
+class Generate(Prompted):
     """Write an answer to each row; the scorer's first metric is the main one."""
 
     kind: Literal["generate"] = "generate"
     scorer: SerializeAsAny[Scorer] = Field(Exact(), description="what makes an answer right")
     sampling: Sampling = Field(Sampling(temperature=0), description="how answers are sampled; greedy by default")
-    shots: int = Field(0, ge=0, description="solved examples shown first")
     format: str | None = Field(None, description="the rows' format, if their columns do not tell")
 
-    @property
-    def metrics(self) -> Mapping[str, Finish]:  # type: ignore[override]
+    def metrics(self) -> Mapping[str, Finish]:
         return self.scorer.metrics
 
     def run(self, subject: Subject, records: Sequence[Record]) -> list[Sample]:
         format = formats.choose(records[:100], name=self.format)
-        asked = [self._asked(record, records, format) for record in records]
+        pool = self.pool(records)
+        asked = [self._asked(record, pool, format) for record in records]
         expected = [self._expected(record, answer) for record, (_, answer) in zip(records, asked, strict=True)]
         prompts = [self._prompt(subject, example) for example, _ in asked]
         answers = generate(
             subject.model,
             prompts,
-            self.sampling,
+            [self.sampling.replace(seed=derive(self.sampling.seed, "row", key(record))) for record in records],
             stops=subject.prompt.stops,
             decoder=subject.tokenizer.stream,
             context=subject.model.spec.context,
@@ -52,9 +52,9 @@ class Generate(Task):
         )
         samples = []
         for record, prompt, (_, wanted), meaning, answer in zip(records, prompts, asked, expected, answers, strict=True):
-            text = answer.text or ""
-            shown = {"row": record.value, "expected": wanted, "answer": text, "finish_reason": answer.finish_reason}
-            samples.append(Sample(key(record), tuple(prompt), self.scorer.terms(text, meaning), shown))
+            assert answer.text is not None, "a decoder was given"
+            shown = {"row": record.value, "expected": wanted, "answer": answer.text, "finish_reason": answer.finish_reason}
+            samples.append(Sample(key(record), tuple(prompt), self.scorer.terms(answer.text, meaning), shown))
         return samples
 
     def _expected(self, record: Record, answer: str) -> object:
@@ -65,7 +65,7 @@ class Generate(Task):
 
     def _asked(self, record: Record, pool: Sequence[Record], format: formats.Format) -> Asked:
         example, answer = _split(record, format)
-        for other in reversed(shots(pool, record, count=self.shots, seed=self.seed)):
+        for other in reversed(self.drawn(record, pool)):
             solved, solution = _split(other, format)
             if isinstance(example, Completion) and isinstance(solved, Completion):
                 example = Completion(f"{solved.prompt}{solution}\n\n{example.prompt}", "")

@@ -44,7 +44,9 @@ def likelihoods(model: nn.Module, requests: Sequence[Request], *, tokens: int = 
     """The likelihood of each request, in order. `tokens`: most tokens in one forward, padding counted (one sequence may exceed it)."""
     for request in requests:
         if not 1 <= request.start < len(request.ids):
-            raise DataError(f"a score needs at least one token before and one to score; got {len(request.ids)} tokens from {request.start} on")
+            raise DataError(
+                f"a score needs at least one token before and one to score; got {len(request.ids)} tokens from {request.start} on"
+            )
     found: dict[int, Likelihood] = {}
     with evaluating(model):
         for batch in _batches(requests, tokens):

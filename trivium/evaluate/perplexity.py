@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 from torch import nn
@@ -100,12 +100,8 @@ class Perplexity(Task):
     context: int | None = Field(None, ge=2, description="most tokens read at once; the default is the model's own context")
     stride: int | None = Field(None, ge=1, description="how far a window moves on; less is slower and gives each token more context")
 
-    metrics: ClassVar[dict[str, Finish]] = {
-        "perplexity": "exp_ratio",
-        "bits_per_byte": "ratio",
-        "byte_perplexity": "exp_ratio",
-        "word_perplexity": "exp_ratio",
-    }
+    def metrics(self) -> dict[str, Finish]:
+        return {"perplexity": "exp_ratio", "bits_per_byte": "ratio", "byte_perplexity": "exp_ratio", "word_perplexity": "exp_ratio"}
 
     def run(self, subject: Subject, records: Sequence[Record]) -> list[Sample]:
         documents = []

@@ -11,7 +11,8 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -57,14 +58,18 @@ class Task(Part, registry=Registry("task", "trivium.evaluate")):
 
     data: tuple[str, ...] = Field(min_length=1, description="data files, folders or globs")
     limit: int | None = Field(None, ge=1, description="only the first rows")
-    seed: int = Field(0, ge=0, description="decides what is drawn: the solved examples shown first")
 
-    metrics: ClassVar[Mapping[str, Finish]]
-    """Every metric's name, the main one first."""
+    def metrics(self) -> Mapping[str, Finish]:
+        """Every metric's name, the main one first."""
+        raise NotImplementedError
 
     def run(self, subject: Subject, records: Sequence[rows.Record]) -> list[Sample]:
         """A sample for each record, in order. Raises `DataError` for a row that does not fit, naming its file and line."""
         raise NotImplementedError
+
+    def report(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """What there is to say beyond metrics, as JSON values."""
+        return {}
 
     def records(self) -> list[rows.Record]:
         """The rows to ask, read from `data`."""
@@ -78,19 +83,32 @@ class Task(Part, registry=Registry("task", "trivium.evaluate")):
         return found
 
 
+class Prompted(Task):
+    """A task that may show solved examples before what it asks."""
+
+    shots: int = Field(0, ge=0, description="solved examples shown first")
+    shots_from: tuple[str, ...] = Field((), description="files to draw them from; by default the other rows that are asked")
+    seed: int = Field(0, ge=0, description="decides which examples are drawn")
+
+    def pool(self, records: Sequence[rows.Record]) -> list[rows.Record]:
+        """Where solved examples come from; empty if none are shown."""
+        if self.shots == 0:
+            return []
+        return list(rows.read(self.shots_from)) if self.shots_from else list(records)
+
+    def drawn(self, record: rows.Record, pool: Sequence[rows.Record]) -> list[rows.Record]:
+        """The examples shown before `record`, drawn by the seed and the row's content; never the row itself."""
+        own = key(record)
+        others = [other for _, other in sorted(((key(other), other) for other in pool), key=itemgetter(0)) if key(other) != own]
+        if len(others) < self.shots:
+            raise DataError(f"{record.where}: {self.shots} solved examples were asked for, but there are only {len(others)} other rows")
+        return random.Random(derive(self.seed, "shots", own)).sample(others, self.shots)
+
+
 def key(record: rows.Record) -> str:
     """A row's identity: the hash of its canonical JSON, so that two runs can be compared row by row."""
     text = json.dumps(record.value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def shots(pool: Sequence[rows.Record], record: rows.Record, *, count: int, seed: int) -> list[rows.Record]:
-    """`count` solved examples to show before `record`, drawn from `pool` by the seed and the row's content; never the row itself."""
-    own = key(record)
-    others = [other for other in pool if key(other) != own]
-    if len(others) < count:
-        raise DataError(f"{record.where}: {count} solved examples were asked for, but there are only {len(others)} other rows")
-    return random.Random(derive(seed, "shots", own)).sample(others, count)
 
 
 def column(record: rows.Record, name: str) -> Any:

@@ -7,7 +7,7 @@ left to an engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -111,7 +111,10 @@ def stream(
     context: int | None = None,
     chunk: int = 2048,
 ) -> Iterator[Event]:
-    """`generate` as it happens: an event for each token, the rows of a batch in turn. Errors come at the call."""
+    """`generate` as it happens: an event for each token, the rows of a batch in turn. Errors come at the call.
+
+    Until the stream ends or is closed, the model is in evaluation mode.
+    """
     return _run(model, _requests(model, prompts, sampling, stops=stops, decoder=decoder, context=context), chunk=chunk)
 
 
@@ -182,7 +185,7 @@ def _requests(
     decoder: Callable[[], Decoder] | None,
     context: int | None,
 ) -> list[_Request]:
-    settings = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else list(sampling)
+    settings = list(sampling) if isinstance(sampling, Sequence) else [sampling or Sampling()] * len(prompts)
     if len(settings) != len(prompts):
         raise ConfigError(f"{len(prompts)} prompts, but {len(settings)} sampling settings: give one for all, or one each", field="sampling")
     context = model.spec.context if context is None else context
@@ -197,7 +200,7 @@ def _requests(
                 value=len(prompt),
             )
         if wanted.stop and decoder is None:
-            raise ConfigError("stop: stop strings need a decoder (decoder=tokenizer.stream); or use stop_ids", field="stop", value=wanted.stop)
+            raise ConfigError("stop strings need a decoder (decoder=tokenizer.stream); or use stop_ids", field="stop", value=wanted.stop)
         own = decoder() if decoder is not None else None
         requests.append(_Request(row, list(prompt), wanted, room=room, stops=frozenset((*stops, *wanted.stop_ids)), decoder=own))
     return requests
@@ -292,7 +295,7 @@ def _report(drawn: Drawn, live: list[_Request]) -> Iterator[tuple[int, float | N
 
 
 @contextmanager
-def _evaluating(model: TransformerModel) -> Iterator[None]:
+def _evaluating(model: TransformerModel) -> Generator[None]:
     """Dropout off, then each module as it was."""
     training = [module for module in model.modules() if module.training]
     for module in training:

@@ -83,7 +83,7 @@ class Filters:
             any_top=any(p < 1 for p in top_p),
             any_least=any(p > 0 for p in min_p),
             whole=any(p < 1 and not most for p, most in zip(top_p, k, strict=True)),
-            candidates=max(k) + 1 if 0 < min(k) and max(k) < CANDIDATES else CANDIDATES,
+            candidates=max(k) + 1 if min(k) > 0 and max(k) < CANDIDATES else CANDIDATES,
         )
 
     def rows(self, index: Tensor) -> Filters:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, field_validator
+from torch import Tensor
 
 from .. import __version__
 from ..adapt.passes import Pass, apply_passes
@@ -28,7 +29,7 @@ from ..core.spec import Spec, validate
 from ..models.transformer import Transformer, TransformerModel, build
 from .files import atomic_directory, read_json, sha256, write_json
 from .hf import families, with_plain_names
-from .rules import Rule, backward, forward, some
+from .rules import backward, forward, some
 from .tensors import INDEX, SHARD_BYTES, SINGLE, Lazy, read_weights, weight_files, write_weights
 
 if TYPE_CHECKING:
@@ -66,6 +67,14 @@ class Record(Spec):
     lineage: tuple[dict[str, Any], ...] = Field((), description="what this was made from, step by step")
     files: dict[str, Mark]
 
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, Mark]) -> dict[str, Mark]:
+        for name in files:
+            if Path(name).name != name:
+                raise ValueError(f"{name!r:.100} is no file of this directory")
+        return files
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -96,7 +105,7 @@ def read(
     accept: bool = False,
     allow_unknown: Collection[str] = (),
 ) -> Loaded:
-    """The model in directory `path`, with or without a trivium.json.
+    """The model in directory `path`, with or without a trivium.json; in eval mode.
 
     `dtype` None keeps what is stored. `accept` adopts edits made since trivium.json was written, and records them.
     `allow_unknown` names keys of config.json that are carried although the family does not know them.
@@ -113,14 +122,15 @@ def read(
             "Put the old file back, or accept the change (trivium inspect --accept)"
         )
     allowed = {*allow_unknown, *(record.allowed if record else ())}
-    spec, rest, rules = _read_spec(config, record, allowed, trust_record=not edits)
-    model = apply_passes(build(spec), record.passes if record else ())
-    fill(model, forward(rules, read_weights(path)), dtype=None if dtype is None else devices.dtype(dtype), device=devices.device(device))
-    if edits:
-        assert record is not None
-        _write_record(path, record.replace(version=__version__, spec=spec, allowed=tuple(sorted(allowed & set(rest))), files=_marks(path, {})))
+    spec, rest = _read_spec(config, record, allowed, trust_record=not edits)
+    model = apply_passes(_frame(spec), record.passes if record else ())
+    tensors = _inward(config["model_type"], spec, read_weights(path))
+    fill(model, tensors, dtype=None if dtype is None else devices.dtype(dtype), device=devices.device(device))
+    if record is not None and edits:
+        kept = tuple(sorted(allowed & set(rest)))
+        _write_record(path, record.replace(version=__version__, spec=spec, allowed=kept, files=_marks(path, {})))
     prompt, lineage = (record.prompt, record.lineage) if record else ({}, ())
-    return Loaded(model, path, str(config["model_type"]), config, rest, prompt, lineage)
+    return Loaded(model.eval(), path, str(config["model_type"]), config, rest, prompt, lineage)
 
 
 def write(
@@ -144,7 +154,6 @@ def write(
     path, rest = Path(path), dict(rest or {})
     dtype = str(model.dtype).removeprefix("torch.")
     if family == NATIVE:
-        rules: list[Rule] | None = None
         config = {**rest, "model_type": NATIVE, "architectures": [type(model).__name__], "dtype": dtype}
         allowed = []
     else:
@@ -153,10 +162,9 @@ def write(
             raise TriviumError(f"{path}: model_type {family!r} cannot hold passes ({kinds}): merge them first, or save the adapter alone")
         speaker = families.get(family)
         config = {**speaker.to_hf(model.spec, rest), "dtype": dtype}
-        rules, allowed = speaker.rules(model.spec), speaker.unknown_keys(config)
-    ours = {name: Lazy.of(parameter.detach()) for name, parameter in model.named_parameters()}
+        allowed = speaker.unknown_keys(config)
     with atomic_directory(path, overwrite=overwrite) as partial:
-        hashes = write_weights(partial, ours if rules is None else backward(rules, ours), shard_bytes=shard_bytes)
+        hashes = write_weights(partial, _outward(model, family), shard_bytes=shard_bytes)
         write_json(partial / CONFIG, config)
         if generation_config is not None:
             write_json(partial / GENERATION, dict(generation_config))
@@ -186,13 +194,15 @@ def assemble(
     allow_unknown: Collection[str] = (),
 ) -> tuple[TransformerModel, dict[str, Any]]:
     """The model that a config in Hugging Face's form and tensors by Hugging Face's names make, and the config's rest."""
-    spec, rest, rules = _read_spec(config, None, allow_unknown, trust_record=False)
-    model = build(spec)
-    fill(model, forward(rules, tensors), dtype=dtype, device=devices.device(device))
-    return model, rest
+    spec, rest = _read_spec(config, None, allow_unknown, trust_record=False)
+    model = _frame(spec)
+    fill(model, _inward(config["model_type"], spec, tensors), dtype=dtype, device=devices.device(device))
+    return model.eval(), rest
 
 
-def fill(model: TransformerModel, tensors: Mapping[str, Lazy], *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+def fill(
+    model: TransformerModel, tensors: Mapping[str, Lazy], *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> None:
     """Give every parameter of `model` (built on the meta device) the tensor of its name. `dtype` None keeps each as stored.
 
     Raises `FileError` if names or shapes differ, or if dtypes are mixed and none was chosen.
@@ -202,7 +212,8 @@ def fill(model: TransformerModel, tensors: Mapping[str, Lazy], *, dtype: torch.d
         raise FileError(f"{len(missing)} tensors of this model are not stored there: {some(missing)}")
     if extra := [name for name in tensors if name not in wanted]:
         raise FileError(f"{len(extra)} tensors stored there are left over, this model has no place for them: {some(extra)}")
-    if odd := [f"{name} {list(tensors[name].shape)}, expected {list(wanted[name].shape)}" for name in wanted if tensors[name].shape != wanted[name].shape]:
+    shapes = {name: (list(tensors[name].shape), list(parameter.shape)) for name, parameter in wanted.items()}
+    if odd := [f"{name} {there}, expected {here}" for name, (there, here) in shapes.items() if there != here]:
         raise FileError(f"{len(odd)} tensors have another shape than the config says: {some(odd)}")
     kinds = Counter(str(tensors[name].dtype).removeprefix("torch.") for name in wanted)
     if dtype is None and len(kinds) > 1:
@@ -216,11 +227,15 @@ def fill(model: TransformerModel, tensors: Mapping[str, Lazy], *, dtype: torch.d
     assert not left, f"still on the meta device: {some(left)}"
 
 
+def exported(model: TransformerModel, *, family: str) -> dict[str, Tensor]:
+    """`model`'s tensors by the names, and in the form, that `family` writes them."""
+    return {name: lazy.load() for name, lazy in _outward(model, family).items()}
+
+
 def weights_digest(path: Path) -> str:
     """One hash for the weights in directory `path`: of the names and hashes of its files."""
     record = read_record(path)
-    known = {} if record is None else {name: mark.sha256 for name, mark in record.files.items()}
-    hashes = {file.name: known.get(file.name) or sha256(file) for file in weight_files(path)}
+    hashes = {file.name: _hash(file, None if record is None else record.files.get(file.name)) for file in weight_files(path)}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
@@ -250,7 +265,7 @@ def edited(path: Path, record: Record, *, full: bool = False) -> list[Edit]:
     """What was changed, removed or added since `record` was written.
 
     Every file is compared by its hash, except that a large one whose size and time are as recorded is taken to be
-    unchanged unless `full`: hashing takes about as long as loading does.
+    unchanged unless `full`: hashing takes longer than loading does.
     """
     edits = []
     for name, mark in record.files.items():
@@ -258,12 +273,17 @@ def edited(path: Path, record: Record, *, full: bool = False) -> list[Edit]:
         if not file.is_file():
             edits.append(Edit(name, mark.sha256, None))
             continue
-        stat = file.stat()
-        if not full and stat.st_size > TRUSTED_ABOVE and (stat.st_size, stat.st_mtime_ns) == (mark.size, mark.mtime_ns):
-            continue
-        if (found := sha256(file)) != mark.sha256:
+        if (found := sha256(file) if full else _hash(file, mark)) != mark.sha256:
             edits.append(Edit(name, mark.sha256, found))
     return edits + [Edit(name, None, sha256(path / name)) for name in KNOWN if name not in record.files and (path / name).is_file()]
+
+
+def _hash(file: Path, mark: Mark | None) -> str:
+    """The file's SHA-256; of a large file that looks unchanged, the recorded one."""
+    stat = file.stat()
+    if mark is not None and stat.st_size > TRUSTED_ABOVE and (stat.st_size, stat.st_mtime_ns) == (mark.size, mark.mtime_ns):
+        return mark.sha256
+    return sha256(file)
 
 
 def _explain(edit: Edit, config: Mapping[str, Any], record: Record | None) -> str:
@@ -275,7 +295,7 @@ def _explain(edit: Edit, config: Mapping[str, Any], record: Record | None) -> st
     if edit.file != CONFIG or record is None or config.get("model_type") == NATIVE:
         return text
     try:
-        now, _, _ = _read_spec(config, None, record.allowed, trust_record=False)
+        now, _ = _read_spec(config, None, record.allowed, trust_record=False)
     except ConfigError as error:
         return f"{text}: {error}"
     changes = [f"{field}: {before!r}, now {after!r}" for field, before, after in diff(with_plain_names(record.spec), now)]
@@ -284,13 +304,13 @@ def _explain(edit: Edit, config: Mapping[str, Any], record: Record | None) -> st
 
 def _read_spec(
     config: Mapping[str, Any], record: Record | None, allow_unknown: Collection[str], *, trust_record: bool
-) -> tuple[Transformer, dict[str, Any], list[Rule]]:
+) -> tuple[Transformer, dict[str, Any]]:
     kind = config.get("model_type")
     if kind == NATIVE:
         if record is None:
             raise FileError(f"{CONFIG} says model_type {NATIVE!r}, whose spec stands in {RECORD}; that file is missing")
         rest = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "dtype")}
-        return record.spec, rest, []
+        return record.spec, rest
     if not isinstance(kind, str):
         raise FileError(f"{CONFIG}: names no model_type, so there is no telling what this model is")
     family = families.get(kind, field=f"{CONFIG}.model_type")
@@ -300,7 +320,26 @@ def _read_spec(
             rows = [f"{field}: {here!r} there, {there!r} here" for field, here, there in diff(with_plain_names(record.spec), spec)]
             raise FileError(f"{RECORD} and {CONFIG} disagree: {some(rows)}")
         spec = record.spec
-    return spec, rest, family.rules(spec)
+    return spec, rest
+
+
+def _frame(spec: Transformer) -> TransformerModel:
+    """The model on the meta device. Sizes come from a file, and torch refuses those that no memory could hold."""
+    try:
+        return build(spec)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise ConfigError(f"no model of these sizes can be built: {str(error).splitlines()[0]}") from None
+
+
+def _inward(family: str, spec: Transformer, tensors: Mapping[str, Lazy]) -> Mapping[str, Lazy]:
+    """Stored tensors by our names; our own form has them already."""
+    return tensors if family == NATIVE else forward(families.get(family).rules(spec), tensors)
+
+
+def _outward(model: TransformerModel, family: str) -> Mapping[str, Lazy]:
+    """The model's tensors by the names of `family`."""
+    ours = {name: Lazy.of(parameter.detach()) for name, parameter in model.named_parameters()}
+    return ours if family == NATIVE else backward(families.get(family).rules(model.spec), ours)
 
 
 def _marks(path: Path, known: Mapping[str, str]) -> dict[str, Mark]:

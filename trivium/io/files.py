@@ -77,16 +77,13 @@ def atomic_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
         _fsync_tree(partial)
         if path.exists():
             path.rename(old)
-        try:
-            partial.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
+        partial.rename(path)
         fsync_directory(path.parent)
     except OSError as error:
         raise FileError(f"{path}: cannot be written: {error.strerror or error}; what was there is untouched") from error
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 

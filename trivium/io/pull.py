@@ -38,7 +38,7 @@ HUB_NEVER = (*(f"*{suffix}" for suffix in PICKLES), "*.py", "original/*", "onnx/
 PIP = ("-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "--retries=2")
 
 _REQUIREMENT = re.compile(r"(?P<requirement>[A-Za-z0-9][\w.-]*==[A-Za-z0-9][\w.!+-]*)(/(?P<glob>.+))?", re.ASCII)
-_REPO = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w.-]+))?(/(?P<glob>.+))?", re.ASCII)
+_REPO = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w.-]+))?(/(?P<glob>.+))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,18 @@ def pull(name: str | Path, *, destination: str | Path | None = None, cache: str 
 class Place(Protocol):
     """Somewhere that a model can come from."""
 
+    def find(self, cache: Path) -> Pulled | None:
+        """What an earlier call left in the cache; touches no network."""
+
     def fetch(self, cache: Path) -> Pulled:
-        """Get it, or find it in the cache."""
+        """Get it."""
 
 
 def _first(name: str, places: list[Place], cache: Path) -> Pulled:
+    """The first of `places` that was fetched before; else the first that can be had."""
+    for place in places:
+        if (found := place.find(cache)) is not None:
+            return found
     tried: list[FileError] = []
     for place in places:
         if tried:
@@ -128,7 +135,8 @@ def _places(name: str, source: Source) -> list[Place]:
         raise TriviumError(unknown("source", source, ("auto", "hub", "package", "path")), field="source", value=source)
     if known is not None and source != "path":
         package, hub = Package(known.package, known.file, known.sha256), Hub(known.hub)
-        return {"auto": [package, hub], "package": [package], "hub": [hub]}[source]
+        places: dict[Source, list[Place]] = {"auto": [package, hub], "package": [package], "hub": [hub]}
+        return places[source]
     path = Path(name).expanduser()
     if source == "path" or (source == "auto" and path.exists()):
         return [Wheel(path) if path.suffix == ".whl" else Local(path)]
@@ -153,15 +161,25 @@ class Package:
     glob: str
     sha256: str | None = None
 
+    def find(self, cache: Path) -> Pulled | None:
+        found = _cached(self._folder(cache), self.glob, self.sha256)
+        return found and self._named(found)
+
     def fetch(self, cache: Path) -> Pulled:
-        folder = cache / "packages" / self.requirement.replace("==", "-").lower()
+        folder = self._folder(cache)
         with _locked(folder):
-            pulled = _cached(folder, self.glob, self.sha256)
+            pulled = _cached(folder, self.glob, self.sha256)  # another process may just have been here
             if pulled is None:
                 log.say(f"downloading {self.requirement} with pip")
                 with tempfile.TemporaryDirectory(prefix="download.partial-", dir=folder) as scratch:
                     wheel = self._download(Path(scratch))
                     pulled = _unpack(wheel, self.glob, folder, expected=self.sha256)
+        return self._named(pulled)
+
+    def _folder(self, cache: Path) -> Path:
+        return cache / "packages" / self.requirement.replace("==", "-").lower()
+
+    def _named(self, pulled: Pulled) -> Pulled:
         return replace(pulled, origin=f"package:{self.requirement}/{pulled.origin}")
 
     def _download(self, scratch: Path) -> Path:
@@ -170,11 +188,13 @@ class Package:
             raise FileError(f"{self.requirement}: this Python has no pip to download it with; {remedy}")
         progress = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL  # stdout is for answers
         command = [sys.executable, *PIP, "--dest", str(scratch), self.requirement]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace")
+        done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, stdout=progress, stderr=subprocess.PIPE, text=True)
         wheels = list(scratch.glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             lines = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
             reason = lines[-1] if lines else f"exit status {done.returncode}"
+            if "Retrying" in done.stderr:  # pip itself then only says that nothing matches
+                reason = "its index cannot be reached"
             remedy = "check the network and pip's index, or give the path of the wheel"
             raise FileError(f"{self.requirement}: pip could not download it ({reason}); {remedy}")
         return wheels[0]
@@ -186,20 +206,30 @@ class Wheel:
 
     path: Path
 
+    def find(self, cache: Path) -> Pulled | None:
+        found = _cached(self._folder(cache), "*.gguf", self._pin())
+        return found and replace(found, source="path", origin=str(self.path))
+
     def fetch(self, cache: Path) -> Pulled:
-        path = self.path.absolute()
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise FileError(f"{path}: cannot be read: {error.strerror}") from None
-        identity = hashlib.sha256(f"{path}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
-        folder = cache / "wheels" / f"{path.stem}-{identity}"
-        distribution, version = (path.stem.split("-") + [""])[:2]
-        requirement = f"{distribution.replace('_', '-').lower()}=={version}"
-        pin = next((k.sha256 for k in KNOWN if k.package == requirement), None)
+        folder = self._folder(cache)
         with _locked(folder):
-            pulled = _cached(folder, "*.gguf", pin) or _unpack(path, "*.gguf", folder, expected=pin)
-        return replace(pulled, source="path", origin=str(path))
+            pulled = _cached(folder, "*.gguf", self._pin()) or _unpack(self.path, "*.gguf", folder, expected=self._pin())
+        return replace(pulled, source="path", origin=str(self.path))
+
+    def _folder(self, cache: Path) -> Path:
+        """Another folder for each state of the wheel."""
+        try:
+            stat = self.path.stat()
+        except OSError as error:
+            raise FileError(f"{self.path}: cannot be read: {error.strerror}") from None
+        identity = hashlib.sha256(f"{self.path.absolute()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:12]
+        return cache / "wheels" / f"{self.path.stem}-{identity}"
+
+    def _pin(self) -> str | None:
+        """The hash that the file must have, where the wheel is that of a known model."""
+        distribution, _, rest = self.path.stem.partition("-")
+        requirement = f"{distribution.replace('_', '-').lower()}=={rest.partition('-')[0]}"
+        return next((known.sha256 for known in KNOWN if known.package == requirement), None)
 
 
 def _cached(folder: Path, glob: str, expected: str | None) -> Pulled | None:
@@ -284,20 +314,33 @@ class Hub:
     revision: str | None = None
     glob: str | None = None
 
+    def find(self, cache: Path) -> Pulled | None:
+        try:
+            said = read_json(self._marker(cache))
+            path = Path(said["path"])
+            whole = said["origin"] == self._origin and all((path / name).stat().st_size == size for name, size in said["files"].items())
+        except (OSError, KeyError, TypeError, AttributeError, TriviumError):
+            return None
+        return Pulled(_weights(path), "hub", self._origin, None, fetched=False) if whole else None
+
     def fetch(self, cache: Path) -> Pulled:
-        origin = self.repo + (f"@{self.revision}" if self.revision else "") + (f"/{self.glob}" if self.glob else "")
-        marker = cache / "hub" / f"{re.sub(r'[^A-Za-z0-9.@-]', '--', origin)}.json"
-        if (path := _snapshot(marker, origin)) is not None:
-            return Pulled(_weights(path), "hub", origin, None, fetched=False)
-        log.say(f"downloading {origin} from the hub")
+        log.say(f"downloading {self._origin} from the hub")
         path = self._download()
         files = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
-        _check_hashes(origin, files)
+        _check_hashes(self._origin, files)
         model = _weights(path)
+        marker = self._marker(cache)
         with _locked(marker.parent):
             sizes = {name: file.stat().st_size for name, file in files.items()}
-            write_json(marker, {"origin": origin, "path": str(path), "files": sizes})
-        return Pulled(model, "hub", origin, None, fetched=True)
+            write_json(marker, {"origin": self._origin, "path": str(path), "files": sizes})
+        return Pulled(model, "hub", self._origin, None, fetched=True)
+
+    @property
+    def _origin(self) -> str:
+        return self.repo + (f"@{self.revision}" if self.revision else "") + (f"/{self.glob}" if self.glob else "")
+
+    def _marker(self, cache: Path) -> Path:
+        return cache / "hub" / f"{re.sub(r'[^A-Za-z0-9.@_-]', '--', self._origin)}.json"
 
     def _download(self) -> Path:
         import huggingface_hub
@@ -314,17 +357,6 @@ class Hub:
         return Path(path)
 
 
-def _snapshot(marker: Path, origin: str) -> Path | None:
-    """The directory of an earlier download, if all its files are still there."""
-    try:
-        said = read_json(marker)
-        path = Path(said["path"])
-        whole = said["origin"] == origin and all((path / name).stat().st_size == size for name, size in said["files"].items())
-    except (OSError, KeyError, TypeError, AttributeError, TriviumError):
-        return None
-    return path if whole else None
-
-
 def _check_hashes(origin: str, files: dict[str, Path]) -> None:
     """Large files lie in the hub's cache under their SHA-256, which is checked once."""
     for name, file in files.items():
@@ -336,7 +368,7 @@ def _check_hashes(origin: str, files: dict[str, Path]) -> None:
 
 def _weights(directory: Path) -> Path:
     """What to load from a directory: itself if it holds safetensors, else its one GGUF file."""
-    if any(directory.glob("*.safetensors")):
+    if any(path.is_file() for path in directory.glob("*.safetensors")):
         return directory
     found = sorted(directory.rglob("*.gguf"))
     if len(found) == 1:
@@ -357,6 +389,9 @@ class Local:
     """A GGUF file or a model directory that is there already."""
 
     path: Path
+
+    def find(self, cache: Path) -> Pulled | None:
+        return None  # it is used where it lies
 
     def fetch(self, cache: Path) -> Pulled:
         path = self.path.absolute()

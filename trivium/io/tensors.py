@@ -122,7 +122,9 @@ def _check_header(header: dict[str, Any], size: int, path: Path) -> dict[str, tu
             raise FileError(f"{where}: shape and data_offsets must be short lists of sizes, got {shape!r:.60}, {offsets!r:.60}")
         begin, end = offsets
         if not begin <= end <= size:
-            raise FileError(f"{where}: its bytes {begin}..{end} lie outside the file's {size} bytes of data; the file is cut short or damaged")
+            raise FileError(
+                f"{where}: its bytes {begin}..{end} lie outside the file's {size} bytes of data; the file is cut short or damaged"
+            )
         if math.prod(shape) * dtype.itemsize != end - begin:
             raise FileError(f"{where}: shape {shape} of {entry['dtype']} does not take the {end - begin} bytes it claims")
         entries[name] = (dtype, tuple(shape), begin)
@@ -160,7 +162,7 @@ def write_file(path: Path, tensors: Mapping[str, Lazy]) -> str:
             tensor = lazy.load()
             assert tuple(tensor.shape) == lazy.shape and tensor.dtype == lazy.dtype, f"{name}: not what was announced"
             if lazy.bytes:
-                file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return file.sha256()
 
 

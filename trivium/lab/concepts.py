@@ -72,8 +72,6 @@ def collect(root: Path) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for mark in marks(root):
         for name in mark.ids:
-            if name not in known:
-                raise ConfigError(f"{mark.test}: {unknown('concept', name, known)}")
             found.setdefault(name, {"status": _status(known[name], claimed), "part": mark.part, "test": mark.test})
     return {name: found[name] for name in known if name in found}
 
@@ -104,43 +102,58 @@ def _claims(known: dict[str, Row]) -> set[tuple[str, bool]]:
 # Marks, read from the source without importing it
 
 
-def marks(root: Path) -> Iterator[Mark]:
+def marks(root: Path) -> list[Mark]:
     """Every concept mark under `root`/tests, in path order. Tests that are skipped outright prove nothing."""
+    known = [row.id for row in rows()]
+    found, wrong = [], []
+    for call, test in _calls(root):
+        try:
+            found.append(_read(call, test, known))
+        except ConfigError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return found
+
+
+def _calls(root: Path) -> Iterator[tuple[ast.expr, str]]:
+    """Each concept decorator, and the node id of what it decorates."""
     for path in sorted((root / "tests").rglob("test_*.py")):
         name = path.relative_to(root).as_posix()
         module = ast.parse(path.read_text(encoding="utf-8"), filename=name)
         whole = [node.value for node in module.body if isinstance(node, ast.Assign) and _is(node.targets[0], "pytestmark")]
-        yield from _proofs([item for value in whole for item in (value.elts if isinstance(value, ast.List) else [value])], name)
+        yield from _concepts([item for value in whole for item in (value.elts if isinstance(value, ast.List) else [value])], name)
         yield from _walk(module, name)
 
 
-def _walk(node: ast.Module | ast.ClassDef, name: str) -> Iterator[Mark]:
+def _walk(node: ast.Module | ast.ClassDef, name: str) -> Iterator[tuple[ast.expr, str]]:
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef):
-            yield from _proofs(child.decorator_list, f"{name}::{child.name}")
+            yield from _concepts(child.decorator_list, f"{name}::{child.name}")
         if isinstance(child, ast.ClassDef):
             yield from _walk(child, f"{name}::{child.name}")
 
 
-def _proofs(decorators: list[ast.expr], test: str) -> Iterator[Mark]:
+def _concepts(decorators: list[ast.expr], test: str) -> Iterator[tuple[ast.expr, str]]:
     names = [_mark_name(item) for item in decorators]
-    if "skip" in names or "xfail" in names:
-        return
-    for item, name in zip(decorators, names, strict=True):
-        if name == "concept":
-            yield _read(item, test)
+    if "skip" not in names and "xfail" not in names:
+        yield from ((item, test) for item, name in zip(decorators, names, strict=True) if name == "concept")
 
 
-def _read(call: ast.expr, test: str) -> Mark:
+def _read(call: ast.expr, test: str, known: list[str]) -> Mark:
     where = f"{test} (line {call.lineno})"
     try:
         assert isinstance(call, ast.Call)
         ids = tuple(ast.literal_eval(item) for item in call.args)
         (part,) = [ast.literal_eval(word.value) for word in call.keywords if word.arg == "part"]
+        assert ids
     except (AssertionError, ValueError):
         raise ConfigError(f'{where}: write @pytest.mark.concept("T01.01", part="nn/attention.py"), literals only') from None
-    if not ids or not (PACKAGE / part).is_file():
-        raise ConfigError(f"{where}: part {part!r} is no file of the package" if ids else f"{where}: no row is named")
+    for name in ids:
+        if name not in known:
+            raise ConfigError(f"{where}: {unknown('concept', name, known)}")
+    if not (PACKAGE / part).is_file():
+        raise ConfigError(f"{where}: part {part!r} is no file of the package")
     return Mark(ids, part, test)
 
 

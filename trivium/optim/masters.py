@@ -68,9 +68,8 @@ class Masters:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """All that a resumed run needs, as two sets of tensors: `parameters` by name, `optimizer` by name and entry."""
-        entries = {
-            f"{name}.{entry}": value for name, tensor in self.tensors.items() for entry, value in sorted(self.optimizer.state[tensor].items())
-        }
+        kept = {name: self.optimizer.state[tensor] for name, tensor in self.tensors.items()}
+        entries = {f"{name}.{entry}": value for name, state in kept.items() for entry, value in sorted(state.items())}
         return {"parameters": {name: tensor.detach() for name, tensor in self.tensors.items()}, "optimizer": entries}
 
     @torch.no_grad()

@@ -41,6 +41,10 @@ class AdamW(Optimizer):
     amsgrad: bool = Field(False, description="divide by the largest mean square so far")
     fused: bool = Field(True, description="torch's fused kernel; false: the same update written out")
 
+    @classmethod
+    def tiny(cls) -> AdamW:
+        return cls(lr=0.05)
+
     def build(self, params: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         groups = [
             {"params": group, "weight_decay": decay}
@@ -64,10 +68,8 @@ class AdamW(Optimizer):
 class WrittenAdamW(torch.optim.Optimizer):
     """AdamW's update written out, one parameter at a time: the naive side of the fused kernel."""
 
-    def __init__(
-        self, params: Any, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01, amsgrad: bool = False
-    ):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad})
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float, amsgrad: bool):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "amsgrad": amsgrad})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

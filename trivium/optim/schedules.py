@@ -36,6 +36,10 @@ class Constant(Schedule):
 
     kind: Literal["constant"] = "constant"
 
+    @classmethod
+    def tiny(cls) -> Constant:
+        return cls(warmup=3)
+
     def after(self, step: int, warmup: int, total: int) -> float:
         return 1.0
 
@@ -66,6 +70,10 @@ class Linear(Decay):
 
     kind: Literal["linear"] = "linear"
 
+    @classmethod
+    def tiny(cls) -> Linear:
+        return cls(warmup=3, minimum=0.1)
+
     def shape(self, progress: float) -> float:
         return 1.0 - progress
 
@@ -75,6 +83,10 @@ class Cosine(Decay):
 
     kind: Literal["cosine"] = "cosine"
     cycles: int = Field(1, ge=1, description="how many equal descents the run is divided into")
+
+    @classmethod
+    def tiny(cls) -> Cosine:
+        return cls(warmup=3, minimum=0.1, cycles=2)
 
     def shape(self, progress: float) -> float:
         return 0.5 * (1.0 + math.cos(math.pi * (self.cycles * progress % 1.0)))
@@ -86,6 +98,10 @@ class WSD(Decay):
     kind: Literal["wsd"] = "wsd"
     decay: float = Field(0.2, gt=0.0, description="updates of the descent; below 1, a share of all updates")
     descent: Literal["linear", "cosine", "1-sqrt"] = Field("linear", description="the form of the descent")
+
+    @classmethod
+    def tiny(cls) -> WSD:
+        return cls(warmup=3, minimum=0.1)
 
     def span(self, warmup: int, total: int) -> int:
         return min(count(self.decay, total), total - warmup)

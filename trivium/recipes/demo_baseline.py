@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Any
@@ -24,7 +24,8 @@ class NearestTemplate:
 
     def __init__(self, known: Sequence[Example]):
         self.known = list(known)
-        counts = [_trigrams(example.text) for example in self.known]
+        self._words = {token for example in self.known for token in TOKEN.findall(example.text) if token.islower()}
+        counts = [self._trigrams(example.text) for example in self.known]
         documents = Counter(gram for grams in counts for gram in grams)
         self._rarity = {gram: math.log(len(counts) / n) + 1 for gram, n in documents.items()}
         self._vectors = [self._weigh(grams) for grams in counts]
@@ -33,14 +34,9 @@ class NearestTemplate:
             for gram in vector:
                 self._postings.setdefault(gram, []).append(index)
 
-    def _weigh(self, grams: Counter[str]) -> dict[str, float]:
-        vector = {gram: n * self._rarity[gram] for gram, n in grams.items() if gram in self._rarity}
-        norm = math.sqrt(sum(value * value for value in vector.values())) or 1.0
-        return {gram: value / norm for gram, value in vector.items()}
-
     def nearest(self, text: str) -> Example:
-        scores: Counter[int] = Counter()
-        for gram, value in self._weigh(_trigrams(text)).items():
+        scores: defaultdict[int, float] = defaultdict(float)
+        for gram, value in self._weigh(self._trigrams(text)).items():
             for index in self._postings[gram]:
                 scores[index] += value * self._vectors[index][gram]
         return self.known[max(scores, key=lambda index: (scores[index], -index), default=0)]
@@ -49,29 +45,31 @@ class NearestTemplate:
         """The nearest example's answer, its values exchanged for the aligned words of `text`."""
         example = self.nearest(text)
         old, new = TOKEN.findall(example.text), TOKEN.findall(text)
-        matcher = SequenceMatcher(None, [_shape(token) for token in old], [_shape(token) for token in new], autojunk=False)
-        blocks = matcher.get_opcodes()
+        blocks = SequenceMatcher(None, [*map(self._shape, old)], [*map(self._shape, new)], autojunk=False).get_opcodes()
         return {
             field: value if field == "type" else _fill(value, _aligned(TOKEN.findall(str(value)), old, new, blocks))
             for field, value in example.answer.items()
         }
 
+    def _shape(self, token: str) -> str:
+        """What kind of token this is: an address, a number's pattern, a name, or the word itself (also where it begins a sentence)."""
+        if "@" in token:
+            return "@"
+        if any(character.isdigit() for character in token):
+            return re.sub(r"\d+", "0", token)
+        return "Aa" if token[:1].isupper() and token.lower() not in self._words else token.lower()
 
-def _trigrams(text: str) -> Counter[str]:
-    text = f"  {' '.join(_shape(token) for token in TOKEN.findall(text))} "
-    return Counter(text[i : i + 3] for i in range(len(text) - 2))
+    def _trigrams(self, text: str) -> Counter[str]:
+        text = f"  {' '.join(map(self._shape, TOKEN.findall(text)))} "
+        return Counter(text[i : i + 3] for i in range(len(text) - 2))
+
+    def _weigh(self, grams: Counter[str]) -> dict[str, float]:
+        vector = {gram: n * self._rarity[gram] for gram, n in grams.items() if gram in self._rarity}
+        norm = math.sqrt(sum(value * value for value in vector.values())) or 1.0
+        return {gram: value / norm for gram, value in vector.items()}
 
 
-def _shape(token: str) -> str:
-    """What kind of token this is: an address, a number's pattern, a capitalized word, or the word itself."""
-    if "@" in token:
-        return "@"
-    if any(character.isdigit() for character in token):
-        return re.sub(r"\d+", "0", token)
-    return "Aa" if token[:1].isupper() else token
-
-
-def _aligned(value: list[str], old: list[str], new: list[str], blocks: list[tuple[str, int, int, int, int]]) -> list[str]:
+def _aligned(value: list[str], old: list[str], new: list[str], blocks: Sequence[tuple[str, int, int, int, int]]) -> list[str]:
     """The tokens of `new` that stand where `value` stands in `old`: index for index in equal runs, everything in a replaced run."""
     start = next((i for i in range(len(old)) if old[i : i + len(value)] == value), None)
     if start is None:

@@ -84,24 +84,38 @@ WORDS: dict[str, Words] = {
         },
         asides=_list("thanks|no rush|this is new|as agreed|more soon|do not forget|all good|sorry for the delay|urgent|see my note"),
         clauses={
-            "name": _list("name {}|this is {}|ask for {}|met {} today|speak with {}|add {}|my name is {}|{} here|her name is {}|known as {}|save {}|person {}"),
-            "company": _list(
-                "works at {}|from {}|company {}|employer {}|joined {}|on staff at {}|the firm is {}|hired by {}|represents {}|part of {}|job at {}|firm {}"
+            "name": _list(
+                "name {}|this is {}|ask for {}|met {} today|speak with {}|add {}|my name is {}|{} here|her name is {}|known as {}|save {}|person {}"
             ),
-            "email": _list("email {}|mail {}|write to {}|inbox {}|send mail to {}|mail goes to {}|reply to {}|mailbox {}|e-mail {}|online at {}"),
-            "phone": _list("phone {}|call {}|tel {}|ring {}|mobile {}|dial {}|number {}|text {}|cell {}|by phone {}|phone is {}|calls to {}"),
+            "company": _list(
+                "works at {}|from {}|company {}|employer {}|joined {}|on staff at {}|the firm is {}|hired by {}|represents {}|part of {}|job at {}"
+            ),
+            "email": _list(
+                "email {}|mail {}|write to {}|inbox {}|send mail to {}|mail goes to {}|reply to {}|mailbox {}|e-mail {}|online at {}"
+            ),
+            "phone": _list(
+                "phone {}|call {}|tel {}|ring {}|mobile {}|dial {}|number {}|text {}|cell {}|by phone {}|phone is {}|calls to {}"
+            ),
             "buyer": _list(
                 "for {}|customer {}|bill {}|{} is buying|{} wants it|ordered by {}|buyer {}|sold to {}|client {}|{} will pay|paid by {}|{} placed it"
             ),
-            "item": _list("item {}|we need the {}|product {}|the {} again|one kind, {}|it is the {}|article {}|they want the {}|goods {}|pack the {}|model {}"),
-            "count": _list("quantity {}|{} pieces|{} of them|count {}|{} units|qty {}|{} in total|how many: {}|exactly {}|make it {}|a set of {}|{} times"),
-            "street": _list(
-                "ship to {}|deliver to {}|address {}|drop it at {}|goes to {}|send it to {}|street {}|bring it to {}|lives at {}|door is {}|house at {}"
+            "item": _list(
+                "item {}|we need the {}|product {}|the {} again|one kind, {}|it is the {}|article {}|they want the {}|goods {}|pack the {}|model {}"
             ),
-            "guest": _list("with {}|{} is coming|meet {}|see {}|visitor {}|{} will join|{} asked for it|guest {}|{} confirmed|expecting {}|client {}"),
+            "count": _list(
+                "quantity {}|{} pieces|{} of them|count {}|{} units|qty {}|{} in total|how many: {}|exactly {}|make it {}|a set of {}|{} times"
+            ),
+            "street": _list(
+                "ship to {}|deliver to {}|address {}|drop it at {}|goes to {}|send it to {}|street {}|bring it to {}|lives at {}|house at {}"
+            ),
+            "guest": _list(
+                "with {}|{} is coming|meet {}|see {}|visitor {}|{} will join|{} asked for it|guest {}|{} confirmed|expecting {}|client {}"
+            ),
             "date": _list("on {}|day {}|date {}|{} please|set for {}|{} is fine|planned {}|{} works|it is on {}|for {}|we said {}"),
             "time": _list("at {}|starts {}|time {}|{} sharp|from {}|around {}|hour {}|begin at {}|not before {}|{} o'clock|arrive {}"),
-            "place": _list("at {}|place {}|held at {}|in the {} office|go to {}|location {}|{} is the place|hosted by {}|inside {}|room at {}|building {}"),
+            "place": _list(
+                "at {}|place {}|held at {}|in the {} office|go to {}|location {}|{} is the place|hosted by {}|inside {}|room at {}|building {}"
+            ),
         },
     ),
     "valid": Words(
@@ -136,12 +150,18 @@ WORDS: dict[str, Words] = {
         },
     ),
     "test": Words(
-        first=_list("Albert|Bianca|Conrad|Daphne|Edgar|Flora|Gustav|Hilda|Jonas|Kirsten|Leonard|Miriam|Nathan|Ophelia|Philip|Renata|Stefan|Teresa"),
-        last=_list("Barnes|Collins|Dawson|Emerson|Fleming|Griffin|Holt|Jacobs|Knight|Lambert|Marsh|Norton|Pearson|Quigley|Russo|Shaw|Thorne|Weber"),
+        first=_list(
+            "Albert|Bianca|Conrad|Daphne|Edgar|Flora|Gustav|Hilda|Jonas|Kirsten|Leonard|Miriam|Nathan|Ophelia|Philip|Renata|Stefan|Teresa"
+        ),
+        last=_list(
+            "Barnes|Collins|Dawson|Emerson|Fleming|Griffin|Holt|Jacobs|Knight|Lambert|Marsh|Norton|Pearson|Quigley|Russo|Shaw|Thorne|Weber"
+        ),
         firms=_list("Amber|Black Pine|Cobalt|Driftwood|Emerald|Firefly|Hazel|Magnolia|Orchard|Pebble|Raven|Thunder"),
         suffixes=_list("Works|Studio|Media|Trading"),
         domains=_list("letterbox.com|paper.net|quickmail.org|central.com"),
-        streets=_list("Abbey Road|Chestnut Avenue|Dock Street|Grove Lane|Harvest Drive|Linden Street|Orchid Lane|Prospect Road|Sunset Drive|Temple Street"),
+        streets=_list(
+            "Abbey Road|Chestnut Avenue|Dock Street|Grove Lane|Harvest Drive|Linden Street|Orchid Lane|Prospect Road|Sunset Drive|Temple Street"
+        ),
         colors=_list("green|leather|round|glass|gray|paper"),
         things=_list("umbrella|violin|backpack|toaster|sofa|whistle|telescope|keyboard|hat|broom|scarf|notebook"),
         joints=(". ", "; ", ", "),

@@ -20,7 +20,19 @@ import torch
 from ..core.home import home
 from ..core.seed import generator
 
-PACKAGES = ("trivium", "torch", "numpy", "safetensors", "tokenizers", "pydantic", "huggingface-hub", "pyarrow", "gguf", "transformers", "peft")
+PACKAGES = (
+    "trivium",
+    "torch",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "pydantic",
+    "huggingface-hub",
+    "pyarrow",
+    "gguf",
+    "transformers",
+    "peft",
+)
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
 GIB = 1 << 30
 
@@ -113,7 +125,9 @@ def _advice(report: dict[str, Any]) -> list[str]:
     if machine["memory free GiB"] is not None and machine["memory free GiB"] < 4:
         found.append(f"{machine['memory free GiB']} GiB of memory are free; the demo needs about 3")
     if report["cache"]["disk free GiB"] < 3:
-        found.append(f"{report['cache']['disk free GiB']} GiB of disk are free under {report['cache']['home']}; set TRIVIUM_HOME to a larger disk")
+        found.append(
+            f"{report['cache']['disk free GiB']} GiB of disk are free under {report['cache']['home']}; set TRIVIUM_HOME to a larger disk"
+        )
     if build["cuda build"] and not report["gpu"]["devices"]:
         found.append("this torch is built for CUDA, but sees no GPU")
     return found

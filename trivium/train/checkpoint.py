@@ -58,10 +58,8 @@ def save(directory: Path, step: int, *, state: Mapping[str, Any], tensors: Mappi
     """
     final = directory / f"checkpoint-{step}"
     if _damage(final) is not None:
-        try:
+        with writing(final):
             _write(directory, final, state, tensors)
-        except OSError as error:
-            raise FileError(f"{final} could not be saved: {error}; earlier checkpoints are untouched: make room, then run the same again") from error
     return final
 
 
@@ -84,9 +82,10 @@ def latest(directory: Path) -> Checkpoint | None:
 
 def delete(path: Path) -> None:
     """Removes a checkpoint, its marker first, so that half a deletion never looks like a checkpoint."""
-    (path / MARKER).unlink(missing_ok=True)
-    _sync(path)
-    shutil.rmtree(path)
+    with writing(path):
+        (path / MARKER).unlink(missing_ok=True)
+        _sync(path)
+        shutil.rmtree(path)
 
 
 def clean(directory: Path) -> None:
@@ -97,10 +96,21 @@ def clean(directory: Path) -> None:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says what could not be written, and that nothing is lost, in place of an `OSError`."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {error}; what was saved before is whole, and the same run goes on from it") from error
+
+
+@contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Holds `directory` for this process; raises `FileError` where another run holds it. The lock ends with the process."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / ".lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -187,7 +197,7 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in ordered:
-        yield memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from ..core.errors import FileError
-from .checkpoint import write_all
+from .checkpoint import write_all, writing
 
 NAME = "metrics.jsonl"
 TIMED = ("seconds", "targets_per_second", "tokens_per_second")
@@ -23,21 +22,21 @@ class History:
 
     def __init__(self, directory: Path, *, step: int):
         self.path = directory / NAME
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        with writing(self.path):
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         end = sum(size for size, row in _rows(self.path) if row["step"] <= step)
         os.ftruncate(self.descriptor, end)
         os.lseek(self.descriptor, end, os.SEEK_SET)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds one row; it outlives this process at once, and a power failure after `sync`."""
-        try:
+        with writing(self.path):
             write_all(self.descriptor, (json.dumps(row) + "\n").encode())
-        except OSError as error:
-            raise FileError(f"{self.path} cannot be written: {error}; make room, then run the same again") from error
 
     def sync(self) -> None:
         """Makes every row durable."""
-        os.fsync(self.descriptor)
+        with writing(self.path):
+            os.fsync(self.descriptor)
 
     def __enter__(self) -> Self:
         return self

@@ -145,7 +145,15 @@ class _Update:
     """One update of the model, as a function of the number of updates already made."""
 
     def __init__(
-        self, model: nn.Module, masters: Masters, batches: Source, *, objective: Objective, schedule: Schedule, config: TrainConfig, total: int
+        self,
+        model: nn.Module,
+        masters: Masters,
+        batches: Source,
+        *,
+        objective: Objective,
+        schedule: Schedule,
+        config: TrainConfig,
+        total: int,
     ):
         self.model, self.masters, self.batches = model, masters, batches
         self.objective, self.schedule, self.config, self.total = objective, schedule, config, total
@@ -161,7 +169,8 @@ class _Update:
         weights = [self.objective.weights(micro) for micro in micros]
         totals = {name: sum(weight[name] for weight in weights) for name in weights[0]}
         if empty := [name for name, weight in totals.items() if weight <= 0]:
-            raise DataError(f"batch {step} has nothing to learn: the weight of {', '.join(empty)} is 0; look at the rows with `trivium data inspect`")
+            names = ", ".join(empty)
+            raise DataError(f"batch {step} has nothing to learn: the weight of {names} is 0; look at its rows with `trivium data inspect`")
         means = self._gradients(step, micros, totals)
         norm = self.masters.clip(self.config.clip).item()
         self._check(step, {**means, "gradient norm": norm})
@@ -209,7 +218,8 @@ def _resume(directory: Path, masters: Masters, about: Mapping[str, Any]) -> int:
         return 0
     if changed := diff(found.state["about"], about):
         lines = "\n".join(f"  {path}: was {was!r}, is now {now!r}" for path, was, now in changed)
-        raise ConfigError(f"{found.path} belongs to another run; change these back, or give another directory:\n{lines}", field=changed[0][0])
+        message = f"{found.path} belongs to another run; change these back, or give another directory:\n{lines}"
+        raise ConfigError(message, field=changed[0][0])
     for path, was, now in diff(found.state["machine"], _machine()):
         log.warn(f"resuming with another {path} ({was} before, {now} now): results can differ in their last bits")
     masters.load({name: found.tensors(name) for name in ("parameters", "optimizer")})
@@ -228,7 +238,8 @@ def _save(directory: Path, step: int, masters: Masters, about: Mapping[str, Any]
 def _machine() -> dict[str, Any]:
     """What the last bits of a result depend on beside the run itself."""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability(), "cuda": cuda}
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "cpu": cpu, "cuda": cuda}
 
 
 def _validate(model: nn.Module, validate: Callable[[nn.Module], Mapping[str, float]]) -> dict[str, float]:
@@ -264,7 +275,7 @@ def _own_randomness(model: nn.Module) -> Iterator[None]:
 def _signals() -> Iterator[Callable[[], bool]]:
     """Gives a function that tells whether SIGINT or SIGTERM came. The second one acts at once."""
     caught: list[int] = []
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
 
     def handle(number: int, _frame: object) -> None:
         caught.append(number)

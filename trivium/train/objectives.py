@@ -39,6 +39,10 @@ class NextToken(Objective):
     kind: Literal["next_token"] = "next_token"
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="share of each target's probability spread over the whole vocabulary")
 
+    @classmethod
+    def tiny(cls) -> NextToken:
+        return cls(label_smoothing=0.1)
+
     def weights(self, batch: Batch) -> dict[str, float]:
         return {"loss": float(batch.targets.sum())}
 

@@ -91,6 +91,7 @@ ARCHITECTURES = {
 CARRIED = ("general.", "tokenizer.", "quantize.", "split.")  # keys about the file, its making and its vocabulary
 SAYS_NOTHING = ("rope.scaling.finetuned", "tensor_data_layout")
 ROPE_FACTORS = "rope_freqs.weight"
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # as every release has them
 _EOS = ("eos", "eot", "eom")  # the tokens that end a text, a turn, a message
 _STORED = {"F16": torch.float16, "BF16": torch.bfloat16}  # all other types come as float32
 
@@ -190,7 +191,7 @@ def _config(reading: _Reading) -> dict[str, Any]:
             raise reading.fail(f"{name} is {'missing' if value is None else f'{value}, but must be positive'}")
         fields[key.hf] = value
     head_dim = _head_dim(reading, fields)
-    config = {
+    config: dict[str, Any] = {
         **architecture.config,
         **{name: value for name, value in fields.items() if "." not in name},
         "head_dim": head_dim,
@@ -243,10 +244,10 @@ def _special_tokens(reading: _Reading, *, vocab_size: int) -> dict[str, Any]:
     ids: dict[str, int | None] = {}
     for name in ("bos", "padding", *_EOS):
         key = f"tokenizer.ggml.{name}_token_id"
-        ids[name] = reading.optional(key, int)
-        if ids[name] is not None and not 0 <= ids[name] < vocab_size:
-            reading.notes.append(f"{key}: {ids[name]} is no token of the {vocab_size}, so there is none")
-            ids[name] = None
+        found = reading.optional(key, int)
+        ids[name] = found if found is not None and 0 <= found < vocab_size else None
+        if found != ids[name]:
+            reading.notes.append(f"{key}: {found} is no token of the {vocab_size}, so there is none")
     ends = list(dict.fromkeys(ids[name] for name in _EOS if ids[name] is not None))
     return {
         "bos_token_id": ids["bos"],
@@ -273,23 +274,23 @@ def _rope(reading: _Reading, *, theta: float, head_dim: int) -> dict[str, Any]:
     if factors.shape == (head_dim // 2,) and not linear:
         if (factors == 1).all():
             return rope
-        llama3 = {"factor": float(str(factors.max())), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        llama3["original_max_position_embeddings"] = context or 8192
-        if np.allclose(factors, llama3_factors(theta, head_dim, **llama3), rtol=2e-5, atol=0):
-            reading.notes.append(f"{ROPE_FACTORS}: equals Llama 3's scaling with {', '.join(f'{k} {v}' for k, v in llama3.items())}")
+        llama3 = _LLAMA3 | {"factor": float(str(factors.max()))} | ({"original_max_position_embeddings": context} if context else {})
+        if np.allclose(factors, llama3_factors(llama3, theta=theta, head_dim=head_dim), rtol=2e-5, atol=0):
+            reading.notes.append(f"{ROPE_FACTORS}: equals Llama 3's scaling with {_listed(llama3)}")
             return rope | {"rope_type": "llama3"} | llama3
-    raise reading.fail(f"{ROPE_FACTORS} does not hold Llama 3's factors (low 1, high 4, original context {context or 8192}), "
-                       "so no config can say what it does")  # fmt: skip
+    raise reading.fail(f"{ROPE_FACTORS} does not hold Llama 3's factors ({_listed(_LLAMA3)}), so no config can say what it does")
 
 
-def llama3_factors(
-    theta: float, head_dim: int, *, factor: float, low_freq_factor: float, high_freq_factor: float, original_max_position_embeddings: int
-) -> np.ndarray:
+def _listed(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())
+
+
+def llama3_factors(scaling: Mapping[str, float], *, theta: float, head_dim: int) -> np.ndarray:
     """What Llama 3's scaling divides each rotary frequency by, float64 [head_dim / 2]."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
-    smooth = (original_max_position_embeddings / wavelengths - low_freq_factor) / (high_freq_factor - low_freq_factor)
-    smooth = smooth.clip(0, 1)
-    return 1 / ((1 - smooth) / factor + smooth)
+    smooth = ((scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)).clip(0, 1)
+    return 1 / ((1 - smooth) / scaling["factor"] + smooth)
 
 
 def _tensors(reading: _Reading, config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Lazy]:

@@ -18,11 +18,13 @@ from ...models.transformer import Transformer
 from ..rules import Rule
 
 # Keys that any config may hold and that say nothing about the model's shape.
-COMMON = frozenset(
-    "_attn_implementation_autoset _name_or_path architectures bos_token_id chunk_size_feed_forward dtype eos_token_id id2label initializer_range "
-    "is_llama_config label2id num_labels output_attentions output_hidden_states pad_token_id problem_type return_dict task_specific_params "
-    "torch_dtype transformers.js_config transformers_version unk_token_id use_cache".split()
-)
+COMMON = frozenset({
+    "architectures", "dtype", "initializer_range", "torch_dtype", "transformers_version", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
+    "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type", "task_specific_params",
+    "output_attentions", "output_hidden_states", "return_dict",
+    "_attn_implementation_autoset", "_name_or_path", "is_llama_config", "transformers.js_config",
+})  # fmt: skip
 
 
 class Family:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from ...core.errors import ConfigError
-from ...core.spec import Spec
+from ...core.spec import Spec, validate
 from ...models.block import Block
 from ...models.transformer import Transformer
 from ...nn.activations import Activation, SiLU
@@ -26,7 +26,14 @@ from ..rules import Drop, Rename, Rule
 from . import Family, families, rope
 
 ACTIVATIONS: Mapping[str, Activation] = {"silu": SiLU()}
-CARRIED = {"initializer_range": 0.02, "use_cache": True, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, "attention_dropout": 0.0}
+CARRIED = {
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attention_dropout": 0.0,
+}
 
 
 class Keys(Spec):
@@ -121,22 +128,24 @@ def shape(keys: Keys, *, pattern: Pattern = Full(), attention_bias: bool = False
     """The spec that the shared keys say, with what a family's own keys add."""
     if keys.hidden_act not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        raise ConfigError(f"config.json: hidden_act {keys.hidden_act!r} is not supported (known: {known})", field="hidden_act", choices=ACTIVATIONS)
-    attention = Attention(
-        heads=keys.num_attention_heads,
-        kv_heads=keys.num_key_value_heads or keys.num_attention_heads,
-        head_dim=keys.head_dim or keys.hidden_size // keys.num_attention_heads,
-        bias=("q", "k", "v", "out") if attention_bias else (),
-        position=rope.to_rope(keys.rope_parameters),
-        pattern=pattern,
-    )
+        raise ConfigError(
+            f"config.json: hidden_act {keys.hidden_act!r} is not supported (known: {known})", field="hidden_act", choices=ACTIVATIONS
+        )
+    attention = {
+        "heads": keys.num_attention_heads,
+        "kv_heads": keys.num_key_value_heads or keys.num_attention_heads,
+        "head_dim": keys.head_dim or keys.hidden_size // keys.num_attention_heads,
+        "bias": ("q", "k", "v", "out") if attention_bias else (),
+        "position": rope.to_rope(keys.rope_parameters),
+        "pattern": pattern,
+    }
     norm = RMS(eps=keys.rms_norm_eps)
     mlp = MLP(hidden=keys.intermediate_size, activation=ACTIVATIONS[keys.hidden_act], bias=mlp_bias)
     return Transformer(
         dim=keys.hidden_size,
         vocab=keys.vocab_size,
         layers=("layer",) * keys.num_hidden_layers,
-        blocks={"layer": Block(mixer=attention, ffn=mlp, norm=norm)},
+        blocks={"layer": Block(mixer=validate(Attention, attention, where="config.json"), ffn=mlp, norm=norm)},
         head=LMHead(tied=keys.tie_word_embeddings),
         final_norm=norm,
         context=keys.max_position_embeddings,

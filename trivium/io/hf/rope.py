@@ -18,13 +18,21 @@ def modernize(config: dict[str, Any]) -> dict[str, Any]:
     found = config.pop("rope_scaling", None) or config.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
         raise ConfigError(f"config.json: rope_parameters must be a mapping, not {found!r:.80}", field="rope_parameters", value=found)
-    parameters = {"rope_theta": config.pop("rope_theta", 10000.0), "partial_rotary_factor": config.pop("partial_rotary_factor", None), **found}
+    parameters = {
+        "rope_theta": config.pop("rope_theta", 10000.0),
+        "partial_rotary_factor": config.pop("partial_rotary_factor", None),
+        **found,
+    }
     parameters["rope_type"] = parameters.pop("rope_type", None) or parameters.get("type", "default")
     parameters.pop("type", None)
     if config.pop("rope_interleaved", False):
-        raise ConfigError("config.json: rope_interleaved is not supported: rotary channels are paired half a head apart", field="rope_interleaved")
+        raise ConfigError(
+            "config.json: rope_interleaved is not supported: rotary channels are paired half a head apart", field="rope_interleaved"
+        )
     if parameters.pop("partial_rotary_factor", None) not in (None, 1, 1.0):
-        raise ConfigError("config.json: partial_rotary_factor is not supported: all channels of a head are turned", field="partial_rotary_factor")
+        raise ConfigError(
+            "config.json: partial_rotary_factor is not supported: all channels of a head are turned", field="partial_rotary_factor"
+        )
     if parameters["rope_type"] == "llama3":
         parameters.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     return {**config, "rope_parameters": parameters}
@@ -36,7 +44,9 @@ def to_rope(parameters: Mapping[str, Any]) -> Rope:
     kind = parameters["rope_type"]
     if kind == "default":
         if scaling:
-            raise ConfigError(f"config.json: rope_parameters of type 'default' take no {', '.join(sorted(scaling))}", field="rope_parameters")
+            raise ConfigError(
+                f"config.json: rope_parameters of type 'default' take no {', '.join(sorted(scaling))}", field="rope_parameters"
+            )
         return validate(Rope, {"base": parameters["rope_theta"]}, where="config.json.rope_parameters")
     made = validate(RopeScaling, {"kind": kind, **scaling}, where="config.json.rope_parameters")
     return validate(Rope, {"base": parameters["rope_theta"], "scaling": made}, where="config.json.rope_parameters")

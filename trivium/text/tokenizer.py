@@ -1,0 +1,235 @@
+"""Text to token ids and back, by one engine (the `tokenizers` library) whatever the file was: tokenizer.json or GGUF.
+
+Content never makes a special token unless that is asked for, a continuation never gets a prefix of its own, and
+what streams out is what decoding the whole gives. Training tokenizers and WordPiece are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ..core.errors import DataError, FileError
+from . import gguf_vocab
+from .stream import Pieces, StreamDecoder
+
+FILE = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+MAX_BYTES = 1 << 28
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """A tokenizer: `vocab_size` ids, of which `special` never come from ordinary text; `bos`, `eos`, `unk`, `pad` are ids or None.
+
+    `add_bos` and `add_eos` are its habits for plain text. `config` is what tokenizer_config.json says, without a template.
+    """
+
+    def __init__(self, engine: tokenizers.Tokenizer, config: Mapping[str, Any], *, where: str):
+        self._where = where
+        self._engine = engine
+        engine.no_truncation()
+        engine.no_padding()
+        self.config = {key: value for key, value in config.items() if key != "chat_template"}
+        names = {name: text for name in NAMED if (text := _content(config.get(name))) is not None}
+        self._declare(names)
+        self._added = {id: token.content for id, token in engine.get_added_tokens_decoder().items()}
+        self.special = frozenset(id for id, token in engine.get_added_tokens_decoder().items() if token.special)
+        ids = engine.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=-1) + 1
+        if not ids or self.vocab_size > 2 * len(ids) + 1024:
+            raise FileError(f"{where}: {len(ids)} tokens with ids up to {self.vocab_size - 1}: the vocabulary is damaged")
+        self.bos, self.eos, self.unk, self.pad = (self.id(names[name]) if name in names else None for name in NAMED[:4])
+        before, after = _habits(_state(engine.post_processor))
+        self.add_bos = bool(config.get("add_bos_token", before)) and self.bos is not None
+        self.add_eos = bool(config.get("add_eos_token", after)) and self.eos is not None
+        self._pieces = Pieces(_state(engine.decoder), token=engine.id_to_token, added=self._added, where=where)
+        self._has_prefix = _has_prefix(_state(engine.normalizer)) or _has_prefix(_state(engine.pre_tokenizer))
+        self._variants: dict[tuple[bool, frozenset[str]], tokenizers.Tokenizer] = {}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """From a model directory, or a tokenizer.json with its neighbors. Raises `FileError`."""
+        path = Path(path)
+        file = path / FILE if path.is_dir() else path
+        engine = _parse(_read(file), where=str(file))
+        config = _read_json(file.parent / "special_tokens_map.json") | _read_json(file.parent / CONFIG)
+        return cls(engine, config, where=str(file))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """From the keys `tokenizer.ggml.*` of a GGUF file. Raises `FileError`."""
+        engine, config = gguf_vocab.build(metadata)
+        return cls(engine, config, where="GGUF vocabulary")
+
+    def encode(self, text: str, *, bos: bool | None = None, allow_special: bool = False) -> list[int]:
+        """Ids of `text`. `bos` None follows the tokenizer's habit; a BOS that the text itself begins with is not added twice.
+
+        Special strings in the text are plain text unless `allow_special`.
+        """
+        ids = self._encode(text, allow_special=allow_special, prefix=True)
+        bos = self.add_bos if bos is None else bos
+        if bos and self.bos is None:
+            raise DataError(f"{self._where}: this tokenizer has no token that begins a text (bos)")
+        return [self.bos, *ids] if bos and ids[:1] != [self.bos] else ids  # type: ignore[list-item]
+
+    def encode_rest(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Ids of `text` as the continuation of another: without BOS, and without the prefix that SentencePiece gives a text."""
+        return self._encode(text, allow_special=allow_special, prefix=False)
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids that are no token nothing."""
+        skip = self.special if skip_special else frozenset()
+        text = b"".join([self._pieces[id] for id in ids if id not in skip]).decode("utf-8", "replace")
+        lead = self._pieces.lead
+        return text[len(text[:lead]) - len(text[:lead].lstrip(" ")) :] if lead else text
+
+    def stream(self, *, skip_special: bool = True) -> StreamDecoder:
+        """A decoder fed one id at a time."""
+        return StreamDecoder(self._pieces, self.special if skip_special else frozenset())
+
+    def token(self, id: int) -> str:
+        """A token as the vocabulary writes it."""
+        token = self._engine.id_to_token(id)
+        if token is None:
+            raise DataError(f"{self._where}: {id} is no token; ids go from 0 to {self.vocab_size - 1}")
+        return token
+
+    def id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary writes it."""
+        return self._engine.token_to_id(token)
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as transformers 5 lays them out."""
+        directory = Path(directory)
+        (directory / FILE).write_text(self._engine.to_str(pretty=True), encoding="utf-8")
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config, "clean_up_tokenization_spaces": False}
+        (directory / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical tokenizer.json and of the habits."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        content = [json.loads(self._engine.to_str()), self.bos, self.eos, self.add_bos, self.add_eos]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def _declare(self, names: Mapping[str, str]) -> None:
+        """Special tokens that tokenizer_config.json names are special, whatever tokenizer.json says of them."""
+        known = {token.content: token.special for token in self._engine.get_added_tokens_decoder().values()}
+        extra = self.config.get("extra_special_tokens") or {}
+        others = [*(self.config.get("additional_special_tokens") or ()), *(extra.values() if isinstance(extra, dict) else extra)]
+        for text in dict.fromkeys([*names.values(), *filter(None, map(_content, others))]):
+            if known.get(text) is not True:
+                if self._engine.token_to_id(text) is None:
+                    raise FileError(f"{self._where}: the special token {text!r:.60} that {CONFIG} names is no token of the vocabulary")
+                self._engine.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False)])
+
+    def _encode(self, text: str, *, allow_special: bool, prefix: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"a text holds half a surrogate pair at character {error.start}, which no encoding of Unicode has") from None
+        ids = self._variant(prefix, frozenset()).encode(text, add_special_tokens=False).ids
+        if allow_special or self.special.isdisjoint(ids):
+            return ids
+        literal = frozenset(self._added[id] for id in self.special)
+        return self._variant(prefix, literal).encode(text, add_special_tokens=False).ids
+
+    def _variant(self, prefix: bool, literal: frozenset[str]) -> tokenizers.Tokenizer:
+        """The engine without the prefix, or for which the added tokens `literal` are plain text; built when first needed."""
+        prefix = prefix or not self._has_prefix
+        if prefix and not literal:
+            return self._engine
+        if (prefix, literal) not in self._variants:
+            data = json.loads(self._engine.to_str())
+            for part in () if prefix else ("normalizer", "pre_tokenizer"):
+                data[part] = _without_prefix(data[part])
+            for token in data["added_tokens"]:
+                token["special"] = token["content"] in literal
+            engine = _parse(json.dumps(data), where=self._where)
+            engine.encode_special_tokens = True
+            self._variants[prefix, literal] = engine
+        return self._variants[prefix, literal]
+
+
+def _read(file: Path) -> str:
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise FileError(f"{file}: larger than {MAX_BYTES >> 20} MiB, which no tokenizer is")
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FileError(f"{file}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise FileError(f"{file}: not UTF-8 at byte {error.start}; the file is damaged: fetch it again") from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        data = json.loads(_read(file))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{file}: not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise FileError(f"{file}: not a JSON object")
+    return data
+
+
+def _parse(text: str, *, where: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in the engine is no Exception
+        raise FileError(f"{where}: not a tokenizer: {str(error):.200}; the file is damaged: fetch it again") from None
+
+
+def _state(part: Any) -> dict[str, Any] | None:
+    """A part of the engine as tokenizer.json writes it."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _content(token: Any) -> str | None:
+    """A special token in a config: a string, or an object with `content`."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _habits(processor: dict[str, Any] | None) -> tuple[bool, bool]:
+    """Whether a post-processor writes tokens before and after a text."""
+    match processor:
+        case {"type": "Sequence", "processors": list(parts)}:
+            found = [_habits(part) for part in parts]
+            return any(before for before, _ in found), any(after for _, after in found)
+        case {"type": "TemplateProcessing", "single": list(single)} if single:
+            return "SpecialToken" in single[0], "SpecialToken" in single[-1]
+        case {"type": "BertProcessing" | "RobertaProcessing"}:
+            return True, True
+    return False, False
+
+
+def _has_prefix(part: dict[str, Any] | None) -> bool:
+    return part is not None and _without_prefix(part) != part
+
+
+def _without_prefix(part: Any) -> Any:
+    """A normalizer or pre-tokenizer that puts nothing before a text."""
+    match part:
+        case {"type": "Prepend"}:
+            return {"type": "Sequence", "normalizers": []}
+        case {"type": "Metaspace"}:
+            return {**part, "prepend_scheme": "never"}
+        case {"type": "ByteLevel"}:
+            return {**part, "add_prefix_space": False}
+        case {"type": "Sequence"}:
+            return {key: [_without_prefix(step) for step in value] if isinstance(value, list) else value for key, value in part.items()}
+    return part
