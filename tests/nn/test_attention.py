@@ -60,7 +60,9 @@ def test_gradcheck_in_double(name):
     mask = torch.ones(1, 1, 3, 5, dtype=torch.bool).tril(2)
     if name == "sdpa":
         run = backends.get(name)
-        assert torch.autograd.gradcheck(lambda q, k, v: run(q, k, v, scale=0.7, causal=False, mask=mask), [x.requires_grad_() for x in inputs])
+        assert torch.autograd.gradcheck(
+            lambda q, k, v: run(q, k, v, scale=0.7, causal=False, mask=mask), [x.requires_grad_() for x in inputs]
+        )
     else:  # eager's softmax is in float32 by design; its products are checked against torch's above
         q, k, _ = inputs
         weights = eager_weights(q, k, scale=0.7, causal=False, mask=mask)
@@ -165,7 +167,13 @@ def small(window: int | None = None, *, causal: bool = True):
 def test_gradients_from_the_future_are_exactly_zero(form):
     """d output[t] / d input[s] is 0 for every s > t, with padding on either side, packed documents, and a cache."""
     model, x = small(), tokens(1, 8, vocab=31)
-    segments = {"plain": None, "left": segments_of([[-3, 5]], 8), "right": segments_of([[5, -3]], 8), "packed": segments_of([[3, 5]], 8), "cached": None}[form]
+    segments = {
+        "plain": None,
+        "left": segments_of([[-3, 5]], 8),
+        "right": segments_of([[5, -3]], 8),
+        "packed": segments_of([[3, 5]], 8),
+        "cached": None,
+    }[form]
     embedded = model.embed.weight[x].detach().requires_grad_()
     for t in range(8):
         if segments is not None and segments[0, t] < 0:

@@ -49,7 +49,11 @@ def same_with_gradients(ours, theirs, x, *, atol=1e-6):
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_rms_norm_equals_torch_and_transformers(eps):
     weight = draw(16, seed=1) + 1
-    for spec, theirs in ((RMS(eps=eps), nn.RMSNorm(16, eps=eps)), (RMS(eps=eps), LlamaRMSNorm(16, eps)), (RMS(eps=eps, offset=1.0, round_first=False), GemmaRMSNorm(16, eps))):
+    for spec, theirs in (
+        (RMS(eps=eps), nn.RMSNorm(16, eps=eps)),
+        (RMS(eps=eps), LlamaRMSNorm(16, eps)),
+        (RMS(eps=eps, offset=1.0, round_first=False), GemmaRMSNorm(16, eps)),
+    ):
         ours = spec.build(16)
         with torch.no_grad():
             ours.weight.copy_(weight)
@@ -123,7 +127,9 @@ def test_swiglu_has_half_again_as_many_parameters_and_as_many_at_two_thirds():
     ids=["none", "linear", "llama3"],
 )
 def test_rotary_equals_transformers(scaling, parameters):
-    config = LlamaConfig(hidden_size=64, num_attention_heads=2, head_dim=32, max_position_embeddings=512, rope_parameters={"rope_theta": 500.0, **parameters})
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=2, head_dim=32, max_position_embeddings=512, rope_parameters={"rope_theta": 500.0, **parameters}
+    )
     q, k = draw(2, 6, 40, 32), draw(2, 2, 40, 32, seed=1)
     step = step_for(40)
     ours = Rope(base=500.0, scaling=scaling).apply(q, k, step)
@@ -216,7 +222,15 @@ def test_layers_shorthand_and_spec_errors():
 
     assert spec("2*(3*a b)", a=block, b=block).layers == tuple("aaabaaab")
     assert spec("3*a").layers == ("a",) * 3
-    for bad, message in (("2*(a", "not closed"), ("a)", "bracket too many"), ("3*", "cannot read"), ("a+a", "cannot read"), ("99999*a", "more than 10,000"), ("c", "unknown block 'c'"), ("", "at least 1")):
+    for bad, message in (
+        ("2*(a", "not closed"),
+        ("a)", "bracket too many"),
+        ("3*", "cannot read"),
+        ("a+a", "cannot read"),
+        ("99999*a", "more than 10,000"),
+        ("c", "unknown block 'c'"),
+        ("", "at least 1"),
+    ):
         with pytest.raises(ValueError, match=message):
             spec(bad)
     with pytest.raises(ValueError, match="no layer uses it"):
@@ -235,7 +249,12 @@ def test_presets_build_and_smollm2_has_its_published_size():
 
 def test_inputs_and_stores_refuse_what_does_not_fit():
     model = tiny(presets.get("tiny-llama")())
-    for bad in (dict(tokens=torch.zeros(3, dtype=torch.int64)), dict(tokens=torch.zeros(1, 2)), dict(tokens=tokens(1, 4), segments=tokens(1, 3)), dict(tokens=tokens(2, 4), adapters=tokens(3))):
+    for bad in (
+        dict(tokens=torch.zeros(3, dtype=torch.int64)),
+        dict(tokens=torch.zeros(1, 2)),
+        dict(tokens=tokens(1, 4), segments=tokens(1, 3)),
+        dict(tokens=tokens(2, 4), adapters=tokens(3)),
+    ):
         with pytest.raises(ValueError, match="must be"):
             Inputs(**bad)
     cache = model.cache(rows=1, capacity=4)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -22,6 +22,9 @@ from ..nn.adapted import AdaptedLinear, LowRank
 from .passes import Pass, linears, matches, replace_module, select
 
 
+N = TypeVar("N", int, float)
+
+
 class LoRA(Pass):
     """W + (alpha / rank) B A on chosen linear maps; only A and B are trained."""
 
@@ -30,7 +33,9 @@ class LoRA(Pass):
     rank: int = Field(16, gt=0, description="rank of each update")
     alpha: float = Field(32.0, description="updates are scaled by alpha / rank")
     rsqrt: bool = Field(False, description="scale by alpha / sqrt(rank) instead (rsLoRA)")
-    targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="module names or their endings, such as q or ffn.out")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="module names or their endings, such as q or ffn.out"
+    )
     ranks: Mapping[str, int] = Field({}, description="ranks of single maps, by name or ending")
     alphas: Mapping[str, float] = Field({}, description="alphas of single maps, by name or ending")
     dropout: float = Field(0.0, ge=0, lt=1, description="chance of an input channel to be dropped on its way into A, in training")
@@ -47,7 +52,9 @@ class LoRA(Pass):
         for field, patterns in (("ranks", self.ranks), ("alphas", self.alphas)):
             for pattern in patterns:
                 if not any(matches(name, pattern) for name in chosen):
-                    raise ConfigError(f"adapter {self.name!r}: {field}: {pattern!r} matches none of the adapted maps", field=field, value=pattern)
+                    raise ConfigError(
+                        f"adapter {self.name!r}: {field}: {pattern!r} matches none of the adapted maps", field=field, value=pattern
+                    )
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for name, module in chosen.items():
@@ -61,13 +68,15 @@ class LoRA(Pass):
             outputs, inputs = adapted.weight.shape
             rank = _of(self.ranks, name, self.rank)
             if rank > min(inputs, outputs):
-                raise ConfigError(f"adapter {self.name!r}: rank {rank} is above the size of {name} ({outputs} x {inputs})", field="rank", value=rank)
+                raise ConfigError(
+                    f"adapter {self.name!r}: rank {rank} is above the size of {name} ({outputs} x {inputs})", field="rank", value=rank
+                )
             scale = self.scale(rank, _of(self.alphas, name, self.alpha))
             adapted.lora[self.name] = LowRank(inputs, outputs, rank=rank, scale=scale, dropout=self.dropout, like=adapted.weight)
         _number(model, (*adapters(model), self.name))
 
 
-def _of(patterns: Mapping[str, float], name: str, default: float):
+def _of(patterns: Mapping[str, N], name: str, default: N) -> N:
     """The entry whose pattern matches `name` (the longest wins), else the default."""
     hits = sorted((pattern for pattern in patterns if matches(name, pattern)), key=len)
     return patterns[hits[-1]] if hits else default
@@ -89,7 +98,13 @@ def updates(model: TransformerModel, name: str) -> dict[str, tuple[AdaptedLinear
     known = adapters(model)
     if name not in known:
         raise TriviumError(unknown("adapter", name, known), value=name, choices=known)
-    return {path: (module, module.lora[name]) for path, module in linears(model).items() if isinstance(module, AdaptedLinear) and name in module.lora}  # type: ignore[misc]
+    found = {}
+    for path, module in linears(model).items():
+        if isinstance(module, AdaptedLinear) and name in module.lora:
+            update = module.lora[name]
+            assert isinstance(update, LowRank)
+            found[path] = (module, update)
+    return found
 
 
 def initialize_adapter(model: TransformerModel, name: str = "default", *, seed: int) -> None:
@@ -162,4 +177,6 @@ def unmerge(model: TransformerModel, step: LoRA, tensors: Mapping[str, Tensor]) 
 
 def adapter_tensors(model: TransformerModel, name: str = "default") -> dict[str, Tensor]:
     """Adapter `name`'s parameters by their names in the model."""
-    return {f"{path}.lora.{name}.{part}": getattr(update, part) for path, (_, update) in updates(model, name).items() for part in ("A", "B")}
+    return {
+        f"{path}.lora.{name}.{part}": getattr(update, part) for path, (_, update) in updates(model, name).items() for part in ("A", "B")
+    }

@@ -28,6 +28,7 @@ class Pass(Part, registry=Registry("pass", "trivium.adapt")):
     def apply(self, model: TransformerModel) -> TransformerModel:
         """Change `model` in place and put this pass on its list."""
         self.change(model)
+        model.train(model.training)  # what was put in follows the mode of the rest
         model.passes = (*model.passes, self)
         return model
 
@@ -67,7 +68,11 @@ def select(model: nn.Module, targets: Iterable[str] | str, *, what: str) -> dict
         hits = {name: module for name, module in available.items() if matches(name, target)}
         if not hits:
             endings = sorted({name.split(".", 2)[-1] if name.startswith("layers.") else name for name in available})
-            raise ConfigError(f"{what}: target {target!r} matches no linear map of the model (there are: {', '.join(endings)})", value=target, choices=endings)
+            raise ConfigError(
+                f"{what}: target {target!r} matches no linear map of the model (there are: {', '.join(endings)})",
+                value=target,
+                choices=endings,
+            )
         chosen.update(hits)
     return chosen
 

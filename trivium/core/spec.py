@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -82,7 +82,7 @@ class Spec(BaseModel):
     def to_dict(self, *, defaults: bool = False) -> dict[str, Any]:
         """Plain JSON values. Fields equal to their default are left out unless `defaults`; `kind` always stays."""
         return {
-            name: _plain(getattr(self, name), defaults)
+            name: _plain(getattr(self, name), defaults=defaults)
             for name, field in type(self).model_fields.items()
             if defaults or name == "kind" or field.is_required() or getattr(self, name) != field.get_default(call_default_factory=True)
         }
@@ -112,7 +112,7 @@ class Part(Spec):
         super().__pydantic_init_subclass__(**kwargs)
         kind = cls.model_fields["kind"].annotation
         if registry is None and (names := get_args(kind)):
-            assert kind == Literal[names[0]], f"{cls.__name__}.kind must be one literal"
+            assert len(names) == 1, f"{cls.__name__}.kind must be one literal"
             cls.registry.add(names[0], cls)
 
     @model_validator(mode="wrap")
@@ -143,13 +143,13 @@ def _is_open_root(cls: type) -> bool:
     return issubclass(cls, Part) and "registry" in cls.__dict__
 
 
-def _plain(value: Any, defaults: bool) -> Any:
+def _plain(value: Any, *, defaults: bool) -> Any:
     if isinstance(value, Spec):
         return value.to_dict(defaults=defaults)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, defaults) for key, item in value.items()}
+        return {str(key): _plain(item, defaults=defaults) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item, defaults) for item in value]
+        return [_plain(item, defaults=defaults) for item in value]
     return value
 
 

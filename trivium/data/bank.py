@@ -24,6 +24,7 @@ from .packing import Bins
 INDEX = np.dtype([("offset", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("source", "<i4"), ("line", "<i8")])
 VERSION = 1
 META = "prepared.json"
+TALLIES = ("empty", "dropped", "truncated", "split")
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,17 @@ class Prepared:
             if not path.is_file() or path.stat().st_size != told["bytes"] or _hash(path) != told["sha256"]:
                 raise FileError(f"{path}: missing or damaged; prepare the data again", value=str(path))
         try:
-            arrays = [np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("tokens", "targets", "index")]
-            bins = Bins(*(np.load(directory / f"{name}.npy", allow_pickle=False) for name in ("rows", "starts")))
+            tokens, targets, index = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("tokens", "targets", "index"))
+            bins = Bins(*(np.load(directory / f"{name}.npy") for name in ("rows", "starts")))
         except (ValueError, OSError, EOFError) as error:
             raise FileError(f"{directory}: holds an array that cannot be read ({error}); prepare the data again") from error
-        facts = dict(meta["facts"])
-        tallies = {name: Tally(facts[name]["count"], tuple(facts[name]["first"])) for name in ("empty", "dropped", "truncated", "split")}
-        return cls(*arrays, bins, meta["length"], Facts(**{**facts, **tallies}), meta["fingerprint"])
+        return cls(tokens, targets, index, bins, meta["length"], _facts(meta["facts"]), meta["fingerprint"])
+
+
+def _facts(told: Mapping[str, Any]) -> Facts:
+    """`Facts` from its `dataclasses.asdict`."""
+    fields: dict[str, Any] = {**told, **{name: Tally(told[name]["count"], tuple(told[name]["first"])) for name in TALLIES}}
+    return Facts(**fields)
 
 
 def _meta(directory: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..core.errors import ConfigError, DataError, TriviumError
-from .bank import INDEX, Facts, Prepared, Tally
+from .bank import INDEX, TALLIES, Facts, Prepared, Tally
 from .formats import Format, Turns, choose, convert
 from .packing import pack
 from .rows import Record
@@ -152,7 +152,7 @@ class _Bank:
         for name, column in self.columns.items():
             index[name] = np.frombuffer(column, np.int64)
         np.cumsum(index["length"][:-1], out=index["offset"][1:])
-        tallies = {kind: self.tallies.tally(kind) for kind in ("empty", "dropped", "truncated", "split")}
+        tallies = {kind: self.tallies.tally(kind) for kind in TALLIES}
         facts = Facts(format.name, packing, prompt, self.examples, self.sources, **tallies)
         bits = np.packbits(np.frombuffer(self.targets, np.uint8), bitorder="little")
         bins = pack(index["length"], self.length, method=packing)

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..core.errors import DataError
 
@@ -135,7 +135,7 @@ def _records(paths: list[Path]) -> Iterator[Record]:
         yield from _kind(path)(path)
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedIOBase:
     match path.suffix.lower():
         case ".gz":
             import gzip
@@ -152,7 +152,7 @@ def _open(path: Path) -> IO[bytes]:
         case ".zst":
             import pyarrow
 
-            return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # type: ignore[arg-type]
+            return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     return path.open("rb")
 
 

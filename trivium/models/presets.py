@@ -31,14 +31,20 @@ def llama(
     )
     block = Block(mixer=attention, ffn=MLP(hidden=hidden), norm=RMS(eps=eps))
     return Transformer(
-        dim=dim, vocab=vocab, layers=("layer",) * layers, blocks={"layer": block}, head=LMHead(tied=tied), final_norm=RMS(eps=eps), context=context
+        dim=dim,
+        vocab=vocab,
+        layers=("layer",) * layers,
+        blocks={"layer": block},
+        head=LMHead(tied=tied),
+        final_norm=RMS(eps=eps),
+        context=context,
     )
 
 
 @presets.register("tiny-llama")
 def tiny_llama() -> Transformer:
     """A few thousand parameters, for tests."""
-    return llama(dim=32, layers=2, heads=6, kv_heads=2, head_dim=8, hidden=48, vocab=97, context=128)
+    return llama(dim=36, layers=2, heads=6, kv_heads=2, head_dim=8, hidden=48, vocab=97, context=128)
 
 
 @presets.register("smollm2-135m")

@@ -96,7 +96,7 @@ class _LowRank(torch.autograd.Function):
         flat, inner, A, B = ctx.saved_tensors
         _, need_x, need_A, need_B, _ = ctx.needs_input_grad
         out = grad.reshape(-1, grad.shape[-1])
-        down = out @ B if need_x or need_A else None
+        down = out @ B
         grad_x = ctx.scale * (down @ A) if need_x else None
         grad_A = ctx.scale * (down.t() @ flat) if need_A else None
         grad_B = ctx.scale * (out.t() @ inner) if need_B else None

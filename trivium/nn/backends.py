@@ -85,7 +85,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View, *, scale: float, backend
 
 
 def _attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, run: Backend, *, scale: float, causal: bool) -> Tensor:
-    batch, heads, count, dim = q.shape
+    batch, heads, count, _ = q.shape
     q, k, v = (x.transpose(1, 2).reshape(batch * count, -1, x.shape[-1]) for x in (q, k, v))
     gathered = [_Regroup.apply(x, documents.slots, documents.places, documents.padding) for x in (q, k, v)]
     outs, base = [], 0

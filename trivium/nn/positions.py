@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, SerializeAsAny
 from torch import Tensor
 
+from ..core.errors import ConfigError
 from ..core.registry import Registry
 from ..core.spec import Part
 from .step import Step
@@ -56,7 +57,9 @@ class Llama3Scaling(RopeScaling):
         wavelength = 2 * math.pi / base
         longest = self.original_max_position_embeddings / self.low_freq_factor
         shortest = self.original_max_position_embeddings / self.high_freq_factor
-        smooth = (self.original_max_position_embeddings / wavelength - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        smooth = (self.original_max_position_embeddings / wavelength - self.low_freq_factor) / (
+            self.high_freq_factor - self.low_freq_factor
+        )
         between = (1 - smooth) * base / self.factor + smooth * base
         scaled = torch.where(wavelength > longest, base / self.factor, between)
         return torch.where(wavelength < shortest, base, scaled)
@@ -82,6 +85,8 @@ class Rope(Position):
 
     def frequencies(self, dim: int, device: torch.device) -> Tensor:
         """Inverse wavelengths [D/2], float32."""
+        if dim % 2:
+            raise ConfigError(f"rotary positions turn pairs of channels: head_dim ({dim}) must be even", field="head_dim", value=dim)
         base = 1.0 / (self.base ** (torch.arange(0, dim, 2, dtype=torch.int64).to(device=device, dtype=torch.float32) / dim))
         return base if self.scaling is None else self.scaling.frequencies(base)
 

@@ -78,7 +78,10 @@ class Store:
         self.lengths = [0] * rows
         self.used = 0
         self._tensors = [
-            {name: torch.zeros(rows, *entry.shape[:-1], capacity, entry.shape[-1], dtype=dtype, device=device) for name, entry in state.items()}
+            {
+                name: torch.zeros(rows, *entry.shape[:-1], capacity, entry.shape[-1], dtype=dtype, device=device)
+                for name, entry in state.items()
+            }
             for state in states
         ]
         self._device = device

@@ -76,7 +76,9 @@ class _Demo:
         adapter = self.timed("teach", "Teach it with LoRA; only the answers count.", lambda: self.teach(base, data))
         after = self.timed("after", "Measure again.", lambda: self.measure(base, adapter, data, "after"))
         self.verdict(before, after)
-        merged = self.timed("merge", "Merge the adapter into the weights, save, and reload elsewhere.", lambda: self.merge(base, adapter, data))
+        merged = self.timed(
+            "merge", "Merge the adapter into the weights, save, and reload elsewhere.", lambda: self.merge(base, adapter, data)
+        )
         self.timed("answer", "Answer a new text.", lambda: self.answer(merged))
         path = report.write(self.out / "report.html", self.facts, history.read(self.out / "run"))
         log.say(f"\nThe whole story: {path}\nTalk to the result: trivium chat {merged}")
@@ -117,7 +119,9 @@ class _Demo:
             paths[split].parent.mkdir(parents=True, exist_ok=True)
             with files.atomic_file(paths[split]) as sink:
                 sink.write(("\n".join(lines) + "\n").encode())
-        known, asked = (examples(split, seed=config.seed, count=n) for split, n in (("train", config.train_rows), ("test", config.test_rows)))
+        known, asked = (
+            examples(split, seed=config.seed, count=n) for split, n in (("train", config.train_rows), ("test", config.test_rows))
+        )
         lookup = NearestTemplate(known)
         hits = [[float(lookup.answer(example.text) == example.answer), 1.0] for example in asked]
         found = bootstrap.interval(np.array(hits), bootstrap.ratio, seed=0)
@@ -130,7 +134,9 @@ class _Demo:
     def measure(self, base: Path, adapter: Path | None, data: Mapping[str, Path], name: str) -> Result:
         path = self.out / "results" / f"{name}.json"
         with_adapter = f" --adapter {adapter}" if adapter else ""
-        self.ran(f"trivium eval run --model {base}{with_adapter} --task.kind generate --task.scorer json --task.data {data['test']} --out {path}")
+        self.ran(
+            f"trivium eval run --model {base}{with_adapter} --task.kind generate --task.scorer json --task.data {data['test']} --out {path}"
+        )
         task = Generate(data=(str(data["test"]),), scorer=Json(), sampling=Sampling(temperature=0, max_tokens=96))
         config = evaluation.Eval(model=str(base), adapter=None if adapter is None else str(adapter), task=task, out=str(path), batch=32)
         bundle = load(base, adapter=adapter)
@@ -172,7 +178,10 @@ class _Demo:
     def verdict(self, before: Result, after: Result) -> None:
         a, b = before.metrics["exact_match"], after.metrics["exact_match"]
         outside = b.low is not None and a.high is not None and b.low > a.high
-        log.say(f"\n  exact match went from {a.value:.1%} to {b.value:.1%}" + (", outside each other's intervals" if outside else ", within the intervals"))
+        log.say(
+            f"\n  exact match went from {a.value:.1%} to {b.value:.1%}"
+            + (", outside each other's intervals" if outside else ", within the intervals")
+        )
         self.facts["gain"] = {"before": a.value, "after": b.value, "outside_intervals": outside}
 
     def merge(self, base: Path, adapter: Path, data: Mapping[str, Path]) -> Path:

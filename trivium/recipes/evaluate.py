@@ -43,9 +43,7 @@ def evaluate(config: Eval, *, bundle: Bundle | None = None) -> Result:
     bundle = bundle or load(config.model, adapter=config.adapter, dtype=config.dtype)
     subject = Subject(bundle.model, bundle.tokenizer, bundle.prompt, tokens=config.tokens, batch=config.batch)
     name = str(bundle.path) if bundle.adapter is None else f"{bundle.path} with {bundle.adapter}"
-    result, samples = results.measure(
-        config.task, subject, model=name, weights=bundle.weights(), command=sys.argv, seed=config.seed
-    )
+    result, samples = results.measure(config.task, subject, model=name, weights=bundle.weights(), command=sys.argv, seed=config.seed)
     return results.save(Path(config.out), result, samples)
 
 

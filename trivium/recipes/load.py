@@ -61,7 +61,7 @@ class Bundle:
         total = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
             total.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode())
-            total.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+            total.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return total.hexdigest()
 
     def generate(self, text: str, *, sampling: Sampling | None = None) -> Completion:
@@ -125,7 +125,7 @@ def load(
 
     Raises `FileError` for what is missing, damaged or edited, `ConfigError` for what cannot be expressed.
     """
-    path = Path(x) if Path(x).exists() else pull(x).path
+    path = Path(x) if Path(x).exists() and Path(x).suffix != ".whl" else pull(x).path
     if (path / peft.CONFIG).is_file() and not (path / directory.CONFIG).is_file():
         base = peft.read_config(path).base_model_name_or_path
         if base is None:
@@ -170,7 +170,7 @@ def _from_gguf(path: Path, *, dtype: str | torch.dtype | None, device: str | tor
         log.say(f"{path.name}: {note}")
     model, rest = directory.assemble(found.config, found.tensors, dtype=wanted, device=device)
     tokenizer = Tokenizer.from_gguf(found.tokenizer)
-    digest = files.sha256(path)
+    lineage = gguf_lineage(path, wanted)
     return Bundle(
         model=model,
         tokenizer=tokenizer,
@@ -179,6 +179,18 @@ def _from_gguf(path: Path, *, dtype: str | torch.dtype | None, device: str | tor
         family=str(found.config["model_type"]),
         rest=rest,
         generation_config=found.generation_config,
-        lineage=({"step": "gguf", "file": path.name, "path": str(path.resolve()), "sha256": digest, "dtype": str(wanted).removeprefix("torch.")},),
-        digest=digest,
+        lineage=(lineage,),
+        digest=lineage["sha256"],
     )
+
+
+def gguf_lineage(path: Path, dtype: str | torch.dtype | None = None) -> dict[str, Any]:
+    """The first step of lineage of what is loaded from the GGUF file `path`."""
+    wanted = devices.dtype("bf16" if dtype is None else dtype)
+    return {
+        "step": "gguf",
+        "file": path.name,
+        "path": str(path.resolve()),
+        "sha256": files.sha256(path),
+        "dtype": str(wanted).removeprefix("torch."),
+    }

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.log import log
-from ..io.directory import RECORD
+from ..io.directory import read_record
 from ..io.pull import pull
-from .load import load
+from .load import gguf_lineage, load
 
 
 def pull_model(name: str, *, out: str | Path | None = None, dtype: str | None = None, overwrite: bool = False) -> Path:
@@ -17,24 +17,23 @@ def pull_model(name: str, *, out: str | Path | None = None, dtype: str | None = 
     one that is there already from the same file is kept.
     """
     found = pull(name)
-    log.say(f"{name}: {'fetched' if found.fetched else 'already here'}: {found.path}" + (f" (sha256 {found.sha256})" if found.sha256 else ""))
+    log.say(
+        f"{name}: {'fetched' if found.fetched else 'already here'}: {found.path}" + (f" (sha256 {found.sha256})" if found.sha256 else "")
+    )
     return found.path if out is None else convert(found.path, out, dtype=dtype, overwrite=overwrite)
 
 
 def convert(x: str | Path, out: str | Path, *, dtype: str | None = None, family: str | None = None, overwrite: bool = False) -> Path:
     """Load `x` and write it as a model directory, in `dtype` (as stored; bf16 for a GGUF) and as `family` (its own)."""
     out = Path(out)
-    if (out / RECORD).is_file() and not overwrite:
-        there = load(out)
-        if there.lineage and there.lineage == load_lineage(x, dtype):
+    if Path(x).is_file() and not overwrite:
+        record = read_record(out)
+        if record is not None and record.lineage == (gguf_lineage(Path(x), dtype),):
             log.say(f"{out}: is there already, made from the same file")
             return out
     bundle = load(x, dtype=dtype)
     bundle.save(out, family=family, overwrite=overwrite)
-    log.say(f"{out}: written ({sum(p.numel() for p in bundle.model.parameters()):,} parameters, {str(bundle.model.dtype).removeprefix('torch.')})")
+    log.say(
+        f"{out}: written ({sum(p.numel() for p in bundle.model.parameters()):,} parameters, {str(bundle.model.dtype).removeprefix('torch.')})"
+    )
     return out
-
-
-def load_lineage(x: str | Path, dtype: str | None) -> tuple:
-    """The lineage that loading `x` would give."""
-    return load(x, dtype=dtype).lineage

@@ -142,7 +142,10 @@ def _text(bundle: Bundle) -> Iterator[Check]:
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    special = {name: bundle.tokenizer.token(i) if i is not None else "" for name, i in (("bos_token", bundle.tokenizer.bos), ("eos_token", bundle.tokenizer.eos))}
+    special = {
+        name: bundle.tokenizer.token(i) if i is not None else ""
+        for name, i in (("bos_token", bundle.tokenizer.bos), ("eos_token", bundle.tokenizer.eos))
+    }
     rendered = environment.from_string(bundle.prompt.template).render(messages=list(CONVERSATION), add_generation_prompt=True, **special)
     engine = tokenizers.Tokenizer.from_str(bundle.tokenizer.json())
     theirs = engine.encode(rendered, add_special_tokens=False).ids
