@@ -13,7 +13,7 @@ from trivium.adapt.lora import LoRA, adapter_tensors, adapters, initialize_adapt
 from trivium.adapt.passes import apply_passes, linears
 from trivium.models.presets import llama, presets
 from trivium.models.transformer import build
-from trivium.nn.adapted import AdaptedLinear, low_rank
+from trivium.nn.adapted import AdaptedLinear, adapted_linear
 from trivium.nn.attention import use_backend
 from trivium.nn.inputs import Inputs
 
@@ -33,14 +33,13 @@ def adapted(*passes: LoRA, seed: int = 0, dtype: torch.dtype = torch.float32):
 
 
 @pytest.mark.concept("T06.03", part="adapt/lora.py")
-def test_low_rank_equals_the_formula_with_gradients():
-    draw = [
-        torch.randn(s, generator=torch.Generator().manual_seed(i), dtype=torch.float64).requires_grad_()
-        for i, s in enumerate([(2, 3, 5), (2, 3, 4), (2, 4), (5, 2)])
-    ]
-    y, x, A, B = draw
-    torch.testing.assert_close(low_rank(y.clone(), x, A, B, 0.7), y + 0.7 * F.linear(F.linear(x, A), B))
-    assert torch.autograd.gradcheck(lambda y, x, A, B: low_rank(y.clone(), x, A, B, 0.7), draw)
+def test_the_fused_map_equals_the_formula_with_gradients():
+    shapes = [(2, 3, 4), (5, 4), (5,), (2, 4), (5, 2)]
+    x, weight, bias, A, B = (torch.randn(s, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i, s in enumerate(shapes))
+    trained = [t.requires_grad_() for t in (x, A, B)]
+    fused = adapted_linear(x, weight, bias, A, B, 0.7)
+    torch.testing.assert_close(fused, F.linear(x, weight, bias) + 0.7 * F.linear(F.linear(x, A), B))
+    assert torch.autograd.gradcheck(lambda x, A, B: adapted_linear(x, weight, bias, A, B, 0.7), trained)
 
 
 @pytest.mark.concept("T06.03", part="adapt/lora.py")

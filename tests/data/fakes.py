@@ -49,7 +49,7 @@ class FakePrompt:
             if not rows or before[: len(rows[-1].ids)] != rows[-1].ids:
                 rows.append(FakeRow([], []))
             row = rows[-1]
-            row.targets += [False] * (len(before) - len(row.ids)) + [True] * len(answer)
+            row.targets += [False] * (len(before) - len(row.ids)) + [messages[k].get("train", True)] * len(answer)
             row.ids = before + answer
         return rows
 

@@ -107,7 +107,9 @@ def test_messages_with_tools_calls_and_loss_flags():
         {"role": "tool", "content": "r"},
         {**ANSWER, "train": True},
     ]
-    want = Conversation(({"role": "system", "content": "s"}, USER, call, {"role": "tool", "content": "r"}, ANSWER), (TOOL,), frozenset({2}))
+    want = Conversation(
+        ({"role": "system", "content": "s"}, USER, {**call, "train": False}, {"role": "tool", "content": "r"}, ANSWER), (TOOL,)
+    )
     assert example({"messages": messages, "tools": [TOOL]}, "messages") == want
     assert example({"messages": messages, "tools": json.dumps([TOOL])}, "messages") == want
     assert example({"messages": PAIR, "tools": []}, "messages").tools is None
@@ -116,7 +118,8 @@ def test_messages_with_tools_calls_and_loss_flags():
 
 def test_prompt_and_completion_of_messages_train_only_the_completion():
     got = example({"prompt": talk("q", "a", "q2"), "completion": [{"role": "assistant", "content": "a2"}]}, "prompt_completion")
-    assert got == Conversation(tuple(talk("q", "a", "q2", "a2")), None, frozenset({1}))
+    first, answer, *rest = talk("q", "a", "q2", "a2")
+    assert got == Conversation((first, {**answer, "train": False}, *rest))
 
 
 def test_alpaca():
@@ -133,9 +136,9 @@ def test_sharegpt():
         {"from": "observation", "value": "r"},
         {"from": "gpt", "value": "a", "weight": None},
     ]
-    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]}
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}], "train": False}
     want = ({"role": "system", "content": "s"}, USER, call, {"role": "tool", "content": "r"}, ANSWER)
-    assert example({"conversations": turns}, "sharegpt") == Conversation(want, None, frozenset({2}))
+    assert example({"conversations": turns}, "sharegpt") == Conversation(want)
     assert example({"conversations": turns[1:2], "system": "s"}, "sharegpt").messages == want[:2]
 
 
@@ -173,24 +176,7 @@ def test_a_row_that_does_not_fit_names_place_format_reason_and_row(name: str, ro
         example(row, name)
 
 
-@pytest.mark.parametrize("forgets", [False, True])
-def test_a_turn_switched_off_is_context_and_no_target(forgets: bool):
-    contents = ("q", "<x>a", "r", "<y>b", "s", "<z>c")
-    prompt = FakePrompt(forgets=forgets)
-    whole = Conversation(tuple(talk(*contents))).rows(prompt, turns="all", arguments=None)
-    for off in (1, 3, 5):
-        got = Conversation(tuple(talk(*contents)), silent=frozenset({off})).rows(prompt, turns="all", arguments=None)
-        assert [row.ids for row in got] == [row.ids for row in whole]
-        alone = prompt.rows(talk(*contents[: off + 1]), turns="last")[-1]
-        lost = [
-            [token for token, was, on in zip(a.ids, a.targets, b.targets, strict=True) if was and not on]
-            for a, b in zip(whole, got, strict=True)
-        ]
-        assert [token for row in lost for token in row] == [token for token, on in zip(alone.ids, alone.targets, strict=True) if on]
-        assert not any(on and not was for a, b in zip(whole, got, strict=True) for was, on in zip(a.targets, b.targets, strict=True))
-
-
 def test_tools_and_arguments_reach_the_template():
     prompt = FakePrompt()
     Conversation(tuple(PAIR), (TOOL,)).rows(prompt, turns="last", arguments={"date": "today"})
-    assert prompt.calls == [{"tools": [TOOL], "arguments": {"date": "today"}, "turns": "last"}]
+    assert prompt.calls == [{"tools": (TOOL,), "arguments": {"date": "today"}, "turns": "last"}]

@@ -92,6 +92,14 @@ def test_rows_with_nothing_to_learn_stop_before_the_first_step():
         prepare([{"text": ""}], FakePrompt(), length=64)
 
 
+def test_a_row_of_context_alone_is_left_out_without_alarm():
+    """Templates that forget thoughts give each turn its own row; the row of a turn that is switched off trains nothing."""
+    first, answer, *rest = talk("q", "<x>a", "r", "<y>b")
+    prepared = prepare([{"messages": [first, {**answer, "train": False}, *rest]}], FakePrompt(forgets=True), length=64)
+    want = FakePrompt(forgets=True).rows([first, answer, *rest])[1]
+    assert prepared_rows(prepared) == [(want.ids, want.targets)] and prepared.facts.empty.count == 0
+
+
 def test_rows_that_are_too_long_are_dropped_or_cut_by_order_only():
     long = {"messages": talk("q", "a" * 100)}
     late = {"messages": talk("q" * 100, "a")}

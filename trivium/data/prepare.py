@@ -44,8 +44,9 @@ def prepare(
     `rows` come from `rows.read`, or are plain mappings. `format` overrides what the first rows look like; `arguments` go to
     the template. Documents longer than `length` are split into rows that overlap by one token, so that each token after
     the first is still predicted exactly once. Other rows that are too long are dropped, or cut at the end (`too_long`).
-    A row is empty if it trains nothing but stop ids: such rows are left out. More than `max_dropped` dropped or `max_empty`
-    empty rows, no rows at all, or a row that does not fit its format raise `DataError`; None means any number.
+    Rows that train nothing but stop ids are left out; an example of which nothing else is left is empty. More than
+    `max_dropped` dropped or `max_empty` empty ones, no rows at all, or a row that does not fit its format raise `DataError`;
+    None means any number.
     """
     if length < 2:
         raise ConfigError(f"length: {length} leaves no room for a token and the one before it", field="length", value=length)
@@ -101,24 +102,27 @@ class _Bank:
         self.examples += 1
         self.sources[record.path] = self.sources.get(record.path, 0) + 1
         self.numbers.setdefault(record.path, len(self.numbers))
-        if not rows:
-            self.tallies.note("empty", record.where)
+        kept = dropped = False
         for row in rows:
             assert len(row.ids) == len(row.targets), "a target for each id"
             ids, targets = row.ids, row.targets
+            place = f"{record.where} ({len(ids)} tokens)"
             if len(ids) > self.length and not splits:
                 if not self.truncate:
-                    self.tallies.note("dropped", f"{record.where} ({len(ids)} tokens)")
+                    dropped = True
+                    self.tallies.note("dropped", place)
                     continue
-                self.tallies.note("truncated", f"{record.where} ({len(ids)} tokens)")
+                self.tallies.note("truncated", place)
                 ids, targets = ids[: self.length], targets[: self.length]
             if not any(on and token not in self.stops for token, on in itertools.islice(zip(ids, targets, strict=True), 1, None)):
-                self.tallies.note("empty", record.where)
-                continue
+                continue  # counted below, unless another row of the same example does train something
+            kept = True
             if len(ids) > self.length:
-                self.tallies.note("split", f"{record.where} ({len(ids)} tokens)")
+                self.tallies.note("split", place)
             for start in range(0, len(ids) - 1, self.length - 1):
                 self._append(record, ids[start : start + self.length], targets[start : start + self.length])
+        if not kept and not dropped:
+            self.tallies.note("empty", record.where)
 
     def _append(self, record: Record, ids: list[int], targets: list[bool]) -> None:
         """The first token of a row has none before it to be predicted from, so it is never a target."""

@@ -66,38 +66,36 @@ class AdaptedLinear(nn.Module):
         return y
 
     def _adapted(self, x: Tensor, step: Step, name: str) -> Tensor:
-        update, y = self.lora[name], self.base(x, step)
+        update = self.lora[name]
         assert isinstance(update, LowRank)
-        if update.dropout and self.training:
-            x = F.dropout(x, update.dropout)
-        return low_rank(y, x, update.A, update.B, update.scale)
+        dropped = F.dropout(x, update.dropout) if update.dropout and self.training else x
+        if dropped is x and isinstance(self.base, Linear) and not self.base.weight.requires_grad:
+            return adapted_linear(x, self.base.weight, self.base.bias, update.A, update.B, update.scale)
+        return self.base(x, step) + update.scale * F.linear(F.linear(dropped, update.A), update.B)
 
 
-def low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """y + scale * (x A^T) B^T, with y overwritten. y [..., out], x [..., in], A [R, in], B [out, R]."""
-    return _LowRank.apply(y, x, A, B, scale)
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """x W^T + bias + scale * (x A^T) B^T for a frozen W and bias. x [..., in], W [out, in], A [R, in], B [out, R]."""
+    return _AdaptedLinear.apply(x, weight, bias, A, B, scale)
 
 
-class _LowRank(torch.autograd.Function):
-    """Fused additions: one pass over y instead of three. `naive` in the tests is the oracle."""
+class _AdaptedLinear(torch.autograd.Function):
+    """The sums are made inside the products, so that no pass over the activations is spent on adding."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         inner = flat @ A.t()
-        y.view(-1, y.shape[-1]).addmm_(inner, B.t(), alpha=scale)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(flat, inner, A, B)
+        y = F.linear(flat, weight, bias).addmm_(inner, B.t(), alpha=scale)
+        ctx.save_for_backward(flat, inner, weight, A, B)
         ctx.scale, ctx.shape = scale, x.shape
-        return y
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, None]:
-        flat, inner, A, B = ctx.saved_tensors
-        _, need_x, need_A, need_B, _ = ctx.needs_input_grad
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
+        flat, inner, weight, A, B = ctx.saved_tensors
+        need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad
         out = grad.reshape(-1, grad.shape[-1])
-        down = out @ B
-        grad_x = ctx.scale * (down @ A) if need_x else None
-        grad_A = ctx.scale * (down.t() @ flat) if need_A else None
-        grad_B = ctx.scale * (out.t() @ inner) if need_B else None
-        return grad, None if grad_x is None else grad_x.view(ctx.shape), grad_A, grad_B, None
+        down = (out @ B).mul_(ctx.scale)
+        grad_x = (out @ weight).addmm_(down, A).view(ctx.shape) if need_x else None
+        return grad_x, None, None, down.t() @ flat if need_A else None, (out.t() @ inner).mul_(ctx.scale) if need_B else None, None

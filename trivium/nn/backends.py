@@ -28,20 +28,17 @@ backends: Registry[Backend] = Registry("attention backend", "trivium.nn")
 
 
 def eager_weights(q: Tensor, k: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
-    """Attention weights [B, H, T, S] in q's dtype, softmax in float32; rows that see nothing are zero."""
+    """Attention weights [B, H, T, S] in q's dtype; rows that see nothing are zero. torch's softmax sums in float32 at least."""
     batch, heads, count, dim = q.shape
     kv_heads, slots = k.shape[1], k.shape[2]
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads * count, dim)
+    grouped = (q * scale).reshape(batch, kv_heads, heads // kv_heads * count, dim)
     scores = (grouped @ k.transpose(-1, -2)).view(batch, heads, count, slots)
     if causal:
-        mask = torch.ones(count, slots, dtype=torch.bool, device=q.device).tril()
+        return torch.softmax(scores + torch.full((count, slots), float("-inf"), dtype=q.dtype, device=q.device).triu_(1), -1)
     if mask is None:
-        return torch.softmax(scores * scale, -1, dtype=torch.float32).to(q.dtype)
-    hidden = ~mask
-    weights = torch.softmax((scores * scale).masked_fill(hidden, float("-inf")), -1, dtype=torch.float32)
-    if not causal:
-        weights = weights.masked_fill(hidden.all(-1, keepdim=True), 0.0)
-    return weights.to(q.dtype)
+        return torch.softmax(scores, -1)
+    weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), -1)
+    return weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
 
 @backends.register("eager")

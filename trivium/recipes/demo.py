@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ..adapt.lora import LoRA, merge
+from ..adapt.lora import LoRA
 from ..checks import bootstrap
 from ..core.errors import TriviumError
 from ..core.log import log
@@ -34,6 +34,7 @@ from ..train import history
 from ..train.loop import TrainConfig
 from . import evaluate as evaluation
 from . import fresh, report
+from .adapter import TOLERANCE, merge_into
 from .demo_baseline import NearestTemplate
 from .demo_task import examples, messages
 from .load import Bundle, load
@@ -54,7 +55,7 @@ class Demo(Spec):
     adapter: LoRA = Field(LoRA(rank=16, alpha=32.0), description="what is trained")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     seed: int = Field(0, ge=0, description="of data, adapter and order")
-    tolerance: float = Field(0.02, gt=0, description="largest mean KL, in nats, by which merging may move the model")
+    tolerance: float = Field(TOLERANCE, gt=0, description="largest mean KL, in nats, by which merging may move the model")
 
 
 def demo(config: Demo) -> dict[str, Any]:
@@ -189,8 +190,7 @@ class _Demo:
         self.ran(f"trivium adapter merge {adapter} --out {out}")
         bundle = load(base, adapter=adapter)
         probe = bundle.prompt.generation(messages(examples("test", seed=self.config.seed, count=1)[0])[:-1])
-        merged = merge_into(bundle, out, tolerance=self.config.tolerance, probe=probe)
-        self.facts["merge"] = merged
+        self.facts["merge"] = asdict(merge_into(bundle, out, tolerance=self.config.tolerance, probe=probe, overwrite=True))
         ours = load(out, dtype="fp32").model
         with torch.inference_mode():
             reference = ours(torch.tensor([probe])).logits[0].numpy()
@@ -210,16 +210,3 @@ class _Demo:
         answer = load(model).chat(asked, sampling=Sampling(temperature=0, max_tokens=96)).text
         log.say(f"  {asked[-1]['content']}\n  {answer}")
         self.facts["answer"] = {"messages": asked, "answer": answer, "expected": example.answer}
-
-
-def merge_into(bundle: Bundle, out: Path, *, tolerance: float, probe: list[int], overwrite: bool = True) -> dict[str, Any]:
-    """Merge the bundle's adapter and save; `TriviumError` if the model moves by more than `tolerance` nats of mean KL."""
-    found = merge(bundle.model, probe=torch.tensor([probe]))
-    log.say(
-        f"  merged {found.maps} maps: logits moved by at most {found.max_logit_difference:.3g} (their deviation is {found.logit_deviation:.3g}), "
-        f"mean KL {found.mean_kl:.2g} nats, likeliest token changed at {found.argmax_changed:.1%} of {found.tokens} positions"
-    )
-    if found.mean_kl > tolerance:
-        raise TriviumError(f"merging moved the model by {found.mean_kl:.3g} nats, more than {tolerance:g}: merge in float32 (--dtype fp32)")
-    bundle.since("merge", adapter=bundle.adapter, report=asdict(found)).save(out, overwrite=overwrite)
-    return asdict(found)

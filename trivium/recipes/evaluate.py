@@ -21,7 +21,7 @@ class Eval(Spec):
     model: str = Field("smollm2", description="name, model directory, GGUF file, adapter directory or hub repository")
     adapter: str | None = Field(None, description="adapter directory to put on the model")
     task: SerializeAsAny[Task] = Field(description="what is measured")
-    out: str = Field("runs/eval/result.json", description="the result file; samples lie beside it")
+    out: str = Field("runs/eval/result.json", pattern=r"\.json$", description="the result file; samples lie beside it")
     dtype: str | None = Field(None, description="dtype to compute in; as stored by default")
     tokens: int = Field(2048, gt=0, description="most tokens in one scoring forward")
     batch: int = Field(16, gt=0, description="rows that are answered at a time")
@@ -47,10 +47,20 @@ def evaluate(config: Eval, *, bundle: Bundle | None = None) -> Result:
     return results.save(Path(config.out), result, samples)
 
 
-def show(result: Result, *, title: str = "measured") -> None:
-    """Metrics with their intervals, on the log."""
-    rows = [
-        (name, f"{m.value:.4f}", "" if m.low is None or m.high is None else f"{m.low:.4f} to {m.high:.4f}", m.rows)
+def table(result: Result) -> list[dict[str, object]]:
+    """Metrics with their intervals."""
+    return [
+        {
+            "metric": name,
+            "value": round(m.value, 4),
+            "95% interval": None if m.low is None else f"{m.low:.4f} to {m.high:.4f}",
+            "rows": m.rows,
+        }
         for name, m in result.metrics.items()
     ]
-    log.table(f"{title}: {result.model}", ("metric", "value", "95% interval", "rows"), rows)
+
+
+def show(result: Result, *, title: str = "measured") -> None:
+    """`table`, on the log."""
+    rows = table(result)
+    log.table(f"{title}: {result.model}", list(rows[0]), [["" if cell is None else cell for cell in row.values()] for row in rows])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, SerializeAsAny
@@ -19,25 +19,26 @@ from ..core import config as configs
 from ..core.errors import ConfigError
 from ..core.log import log
 from ..core.spec import Spec
-from ..data import rows
 from ..data.bank import Prepared
 from ..data.batches import Batches, ordered
 from ..data.inspect import inspect, paint, spans
-from ..data.prepare import prepare
 from ..io import files, peft
 from ..optim.optimizers import AdamW, Optimizer
 from ..optim.schedules import Cosine, Schedule
 from ..train.loop import TrainConfig, fit
 from ..train.objectives import NextToken, Objective
 from ..train.run import Run
+from .data import bank as token_bank
 from .load import Bundle, load
+
+CONFIG = "config.yaml"
 
 
 class SFT(Spec):
     """What one run of supervised fine-tuning is. The resolved config is saved with the run and runs it again."""
 
     model: str = Field("smollm2", description="name, model directory, GGUF file or hub repository")
-    data: tuple[str, ...] = Field(min_length=1, description="training rows: files, folders or globs")
+    data: tuple[str, ...] = Field(min_length=1, description="training rows: files, folders or globs, or one prepared folder")
     validation: tuple[str, ...] = Field((), description="rows to measure the loss on")
     out: str = Field("runs/sft", description="the run's folder")
     adapter: LoRA | None = Field(LoRA(), description="what is trained beside the frozen model; null trains every parameter")
@@ -86,10 +87,11 @@ def sft(config: SFT, *, bundle: Bundle | None = None) -> Run:
     out = Path(config.out)
     bundle = bundle or load(config.model, dtype=config.train.precision)
     train, validation = prepared(config, bundle)
-    out.mkdir(parents=True, exist_ok=True)
     if config.adapter is not None:
         config.adapter.apply(bundle.model)
         initialize_adapter(bundle.model, config.adapter.name, seed=config.train.seed)
+    if not (out / CONFIG).exists():  # so that a run that is stopped can be gone on with by its config alone
+        _keep(config, out)
     done = fit(
         bundle.model.to(_dtype(config)),
         Batches([(train, 1)], seed=config.train.seed, rows=config.train.rows),
@@ -105,10 +107,30 @@ def sft(config: SFT, *, bundle: Bundle | None = None) -> Run:
             "adapter": None if config.adapter is None else config.adapter.to_dict(),
         },
     )
-    with files.atomic_file(out / "config.yaml") as sink:
-        sink.write(configs.dump(config).encode())
+    _keep(config, out)
     bundle.model.eval()
     return Run(path=_save(config, bundle, out), model=bundle.model, metrics=done.metrics)
+
+
+def plan(config: SFT, *, bundle: Bundle | None = None) -> dict[str, Any]:
+    """What `sft` would do, without doing it: `data`, the inspection of the training rows, and `size`, in steps, tokens
+    and parameters. Raises what `sft` raises before its first step."""
+    bundle = bundle or load(config.model, dtype=config.train.precision)
+    train, _ = prepared(config, bundle)
+    if config.adapter is not None:
+        config.adapter.apply(bundle.model)
+    found = inspect(train)
+    steps = config.train.steps or Batches([(train, 1)], seed=config.train.seed, rows=config.train.rows).steps(config.train.epochs)
+    share = steps * config.train.rows / found.bins
+    size = {
+        "steps": steps,
+        "epochs": round(share, 3),
+        "tokens": round(share * found.tokens),
+        "trained tokens": round(share * found.supervised),
+        "trained parameters": sum(parameter.numel() for parameter in bundle.model.parameters() if parameter.requires_grad),
+        "parameters": sum(parameter.numel() for parameter in bundle.model.parameters()),
+    }
+    return {"data": found.to_dict(), "size": size}
 
 
 def prepared(config: SFT, bundle: Bundle) -> tuple[Prepared, Prepared | None]:
@@ -118,8 +140,8 @@ def prepared(config: SFT, bundle: Bundle) -> tuple[Prepared, Prepared | None]:
         if not paths:
             banks.append(None)
             continue
-        bank = prepare(
-            rows.read(paths),
+        bank = token_bank(
+            paths,
             bundle.prompt,
             length=config.length,
             format=config.format,
@@ -159,10 +181,18 @@ def _dtype(config: SFT) -> torch.dtype:
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
+def _keep(config: SFT, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with files.atomic_file(out / CONFIG) as sink:
+        sink.write(configs.dump(config).encode())
+
+
 def _save(config: SFT, bundle: Bundle, out: Path) -> Path:
     if config.adapter is None:
         return bundle.since("sft", config=config.to_dict(), base=bundle.digest).save(out / "model", overwrite=True)
     path = out / "adapter"
     base = bundle.path if bundle.path.is_dir() else None
-    peft.write(path, bundle.model, family=bundle.family, name=config.adapter.name, base=base, base_name=str(bundle.path), overwrite=True)
+    peft.write(
+        path, bundle.model, family=bundle.family, name=config.adapter.name, base=base, base_name=str(bundle.path.resolve()), overwrite=True
+    )
     return path

@@ -34,7 +34,7 @@ MAX_MADE = 1 << 27  # characters of all values made on the way
 MAX_NUMBER = 1 << 16  # as a width, a count, a precision
 MAX_BITS = 1 << 12  # of an integer
 MAX_DEPTH = 64  # of lists in lists
-MAX_SECONDS = 2.0
+MAX_SECONDS = 2.0  # of this thread's own work
 
 BEGIN, END = "\ufdd0", "\ufdd1"  # noncharacters around what {% generation %} holds
 LEFT_OUT = ("pprint", "random", "urlize", "xmlattr")  # filters
@@ -79,7 +79,7 @@ def render(source: str, values: Mapping[str, Any], *, date: datetime.datetime) -
     except TemplateLimit as error:
         raise DataError(f"the chat template was stopped: {error}") from None
     except SecurityError as error:
-        raise DataError(f"the chat template was stopped: it reaches for what a template may not have: {error}") from None
+        raise DataError(f"the chat template was stopped: it reaches for what no template may have: {error}") from None
     except RecursionError:
         raise DataError("the chat template was stopped: it calls itself without an end") from None
     except Exception as error:  # a template can raise whatever it likes
@@ -100,11 +100,21 @@ def compiled(source: str) -> CodeType:
         raise DataError(f"the chat template cannot be compiled: {type(error).__name__}: {error!s:.200}") from None
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What a template's source says: the variables it reads or sets, and whether it marks what is generated."""
+
+    names: frozenset[str]
+    marks: bool
+
+
 @lru_cache(maxsize=32)
-def names(source: str) -> frozenset[str]:
-    """Every variable that a template reads or sets. Raises `DataError`."""
+def facts(source: str) -> Facts:
+    """Facts of a template. Raises `DataError`."""
     compiled(source)
-    return frozenset(node.name for node in _Environment({}).parse(source).find_all(nodes.Name))
+    tree = _Environment({}).parse(source)
+    marks = any(node.name == "marked" for node in tree.find_all(nodes.ExtensionAttribute))
+    return Facts(frozenset(node.name for node in tree.find_all(nodes.Name)), marks)
 
 
 class _Generation(Extension):
@@ -182,7 +192,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
         self.globals |= {"raise_exception": _raise, "namespace": _Namespace, "dict": lambda *pairs, **named: dict(*pairs, **named)}
         self.concat = lambda pieces: self.joined("", pieces)  # type: ignore[assignment]
-        self.deadline = time.monotonic() + MAX_SECONDS
+        self.deadline = time.thread_time() + MAX_SECONDS
         self.total = self.written = 0
         self.weights: dict[int, int] = {}  # of the lists and objects given, so that they need not be measured again
         self._weigh(list(values.values()), remember=True)
@@ -190,7 +200,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     # What is counted.
 
     def tick(self) -> None:
-        if time.monotonic() > self.deadline:
+        if time.thread_time() > self.deadline:
             raise TemplateLimit(f"it ran for more than {MAX_SECONDS:g} seconds")
 
     def spend(self, size: int) -> None:
@@ -229,7 +239,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         def walk(value: Any, depth: int) -> None:
             nonlocal room
             before = room
-            room -= self.weights.get(id(value)) or (2 + len(value) if isinstance(value, str) else 8)
+            room -= self.weights.get(id(value)) or (2 + len(value) if isinstance(value, str) else 16)
             if room < 0 or depth > MAX_DEPTH:
                 raise TemplateLimit(f"it makes a value of more than {MAX_VALUE} characters, or lists deeper than {MAX_DEPTH}")
             if isinstance(value, list | tuple | dict) and id(value) not in self.weights:
@@ -275,7 +285,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         if name == "replace":
             self._replaced(str(value), *args, **kwargs)
         elif name == "indent":
-            self.spend(str(value).count("\n") * MAX_NUMBER if kwargs or args[:1] > (64,) else 64 * str(value).count("\n"))
+            width = kwargs.get("width", args[0] if args else 4)
+            self.spend(len(str(value)) + (str(value).count("\n") + 1) * (len(width) if isinstance(width, str) else int(width)))
+        elif name == "wordwrap":
+            self.spend((self.weigh(value) + 1) * max(1, self.weigh([*args, *kwargs.values()])))
         elif name == "format":
             self._formatted(str(value), [*args, *kwargs.values()])
         elif name == "sum" and not isinstance(kwargs.get("start", args[1] if len(args) > 1 else 0), int | float):

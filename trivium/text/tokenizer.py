@@ -17,16 +17,16 @@ import tokenizers
 
 from ..core.errors import DataError, FileError
 from . import gguf_vocab
+from .files import read_json, read_text
 from .stream import Pieces, StreamDecoder
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
-MAX_BYTES = 1 << 28
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
-    """A tokenizer: `vocab_size` ids, of which `special` never come from ordinary text; `bos`, `eos`, `unk`, `pad` are ids or None.
+    """A tokenizer: `vocab_size` ids, of which `special` never come from ordinary text; `added` are the tokens found before anything is split; `bos`, `eos`, `unk`, `pad` are ids or None.
 
     `add_bos` and `add_eos` are its habits for plain text. `config` is what tokenizer_config.json says, without a template.
     """
@@ -37,9 +37,9 @@ class Tokenizer:
         engine.no_truncation()
         engine.no_padding()
         self.config = {key: value for key, value in config.items() if key != "chat_template"}
-        names = {name: text for name in NAMED if (text := _content(config.get(name))) is not None}
+        names = {name: text for name in NAMED if (text := content_of(config.get(name))) is not None}
         self._declare(names)
-        self._added = {id: token.content for id, token in engine.get_added_tokens_decoder().items()}
+        self.added = {id: token.content for id, token in engine.get_added_tokens_decoder().items()}
         self.special = frozenset(id for id, token in engine.get_added_tokens_decoder().items() if token.special)
         ids = engine.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(ids, default=-1) + 1
@@ -49,7 +49,7 @@ class Tokenizer:
         before, after = _habits(_state(engine.post_processor))
         self.add_bos = bool(config.get("add_bos_token", before)) and self.bos is not None
         self.add_eos = bool(config.get("add_eos_token", after)) and self.eos is not None
-        self._pieces = Pieces(_state(engine.decoder), token=engine.id_to_token, added=self._added, where=where)
+        self._pieces = Pieces(_state(engine.decoder), token=engine.id_to_token, added=self.added, where=where)
         self._has_prefix = _has_prefix(_state(engine.normalizer)) or _has_prefix(_state(engine.pre_tokenizer))
         self._variants: dict[tuple[bool, frozenset[str]], tokenizers.Tokenizer] = {}
 
@@ -58,8 +58,8 @@ class Tokenizer:
         """From a model directory, or a tokenizer.json with its neighbors. Raises `FileError`."""
         path = Path(path)
         file = path / FILE if path.is_dir() else path
-        engine = _parse(_read(file), where=str(file))
-        config = _read_json(file.parent / "special_tokens_map.json") | _read_json(file.parent / CONFIG)
+        engine = _parse(read_text(file), where=str(file))
+        config = read_json(file.parent / "special_tokens_map.json") | read_json(file.parent / CONFIG)
         return cls(engine, config, where=str(file))
 
     @classmethod
@@ -82,6 +82,14 @@ class Tokenizer:
     def encode_rest(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of `text` as the continuation of another: without BOS, and without the prefix that SentencePiece gives a text."""
         return self._encode(text, allow_special=allow_special, prefix=False)
+
+    def spans(self, text: str, *, rest: bool, markup: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a template's text (`rest`: as a continuation) and the characters that each stands for.
+
+        With `markup` every added token is recognized, without it none is: then the text is nothing but text.
+        """
+        encoding = self._variant(not rest, frozenset() if markup else frozenset(self.added.values())).encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD, ids that are no token nothing."""
@@ -126,7 +134,7 @@ class Tokenizer:
         known = {token.content: token.special for token in self._engine.get_added_tokens_decoder().values()}
         extra = self.config.get("extra_special_tokens") or {}
         others = [*(self.config.get("additional_special_tokens") or ()), *(extra.values() if isinstance(extra, dict) else extra)]
-        for text in dict.fromkeys([*names.values(), *filter(None, map(_content, others))]):
+        for text in dict.fromkeys([*names.values(), *filter(None, map(content_of, others))]):
             if known.get(text) is not True:
                 if self._engine.token_to_id(text) is None:
                     raise FileError(f"{self._where}: the special token {text!r:.60} that {CONFIG} names is no token of the vocabulary")
@@ -140,7 +148,7 @@ class Tokenizer:
         ids = self._variant(prefix, frozenset()).encode(text, add_special_tokens=False).ids
         if allow_special or self.special.isdisjoint(ids):
             return ids
-        literal = frozenset(self._added[id] for id in self.special)
+        literal = frozenset(self.added[id] for id in self.special)
         return self._variant(prefix, literal).encode(text, add_special_tokens=False).ids
 
     def _variant(self, prefix: bool, literal: frozenset[str]) -> tokenizers.Tokenizer:
@@ -160,29 +168,6 @@ class Tokenizer:
         return self._variants[prefix, literal]
 
 
-def _read(file: Path) -> str:
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise FileError(f"{file}: larger than {MAX_BYTES >> 20} MiB, which no tokenizer is")
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FileError(f"{file}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise FileError(f"{file}: not UTF-8 at byte {error.start}; the file is damaged: fetch it again") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        return {}
-    try:
-        data = json.loads(_read(file))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{file}: not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise FileError(f"{file}: not a JSON object")
-    return data
-
-
 def _parse(text: str, *, where: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(text)
@@ -197,7 +182,7 @@ def _state(part: Any) -> dict[str, Any] | None:
     return None if part is None else json.loads(part.__getstate__())
 
 
-def _content(token: Any) -> str | None:
+def content_of(token: Any) -> str | None:
     """A special token in a config: a string, or an object with `content`."""
     if isinstance(token, dict):
         token = token.get("content")

@@ -1,0 +1,40 @@
+"""`trivium convert`: a model as a model directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .options import answer
+
+
+def convert(
+    model: str, /, *, out: Path, dtype: str | None = None, family: str | None = None, overwrite: bool = False, json: bool = False
+) -> None:
+    """Loads a model and writes it in Hugging Face's layout, whole or not at all; prints where it is.
+
+    Takes what every command takes: a known name, a model directory, a GGUF file, a hub repository. An adapter has to be
+    merged (trivium adapter merge).
+
+    Try:
+      trivium convert SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2
+      trivium convert models/smollm2 --dtype fp32 --out models/smollm2-fp32
+
+    Parameters
+    ----------
+    model
+        What to convert.
+    out
+        The directory to write.
+    dtype
+        fp32, bf16 or fp16; otherwise as stored (bf16 for a GGUF file).
+    family
+        The model_type to write, if it can say what this model is; "trivium" always can.
+    overwrite
+        Replace what --out holds.
+    json
+        Answer as JSON: path.
+    """
+    from ..recipes.pull import convert as run
+
+    path = str(run(model, out, dtype=dtype, family=family, overwrite=overwrite))
+    answer({"path": path} if json else path, as_json=json)

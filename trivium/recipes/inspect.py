@@ -1,0 +1,79 @@
+"""What a model is, as plain values: spec, layers, sizes, hashes, lineage; and how two models differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..core import config
+from ..io import directory
+from ..models.transformer import TransformerModel
+from .load import Bundle, load
+
+
+def inspect(x: str | Path, *, accept: bool = False, allow_unknown: Collection[str] = ()) -> dict[str, Any]:
+    """Facts about `x` (as `load` takes it). `accept` adopts files that were edited since trivium.json was written, and
+    records them; `allow_unknown` names keys of config.json to carry unread."""
+    return facts(load(x, accept=accept, allow_unknown=allow_unknown))
+
+
+def facts(bundle: Bundle) -> dict[str, Any]:
+    """Everything but the tensors. `cache_bytes_per_token` is what one more token of one row takes."""
+    model, tokenizer, prompt = bundle.model, bundle.tokenizer, bundle.prompt
+    record = directory.read_record(bundle.path) if bundle.path.is_dir() else None
+    return {
+        "path": str(bundle.path),
+        "adapter": bundle.adapter,
+        "family": bundle.family,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "weight_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        "cache_bytes_per_token": cache_bytes_per_token(model),
+        "context": bundle.spec.context,
+        "spec": bundle.spec.to_dict(defaults=True),
+        "passes": [step.to_dict() for step in model.passes],
+        "layers": layers(model),
+        "tokenizer": {"tokens": tokenizer.vocab_size, "special": len(tokenizer.special), "bos": tokenizer.bos, "eos": tokenizer.eos},
+        "prompt": {**prompt.settings(), "stop_tokens": [tokenizer.token(stop) for stop in prompt.stops], "notes": list(prompt.notes)},
+        "hashes": {
+            "spec": bundle.spec.digest(),
+            "weights": bundle.digest,
+            "tokenizer": tokenizer.digest(),
+            "prompt": prompt.digest(),
+            **({} if record is None else {name: mark.sha256 for name, mark in record.files.items()}),
+        },
+        "lineage": [dict(step) for step in bundle.lineage],
+    }
+
+
+def layers(model: TransformerModel) -> list[dict[str, Any]]:
+    """One row for each part, from the embedding to the head: what stands there, its parameters, its cache."""
+    width = model.dtype.itemsize
+    rows: list[dict[str, Any]] = [_row("embed", model.embed, model.spec.embed.kind, 0)]
+    for index, (name, layer) in enumerate(zip(model.spec.layers, model.layers, strict=True)):
+        block = model.spec.blocks[name]
+        kinds = ", ".join(f"{part} {spec.kind}" for part, spec in (("mixer", block.mixer), ("ffn", block.ffn)) if spec is not None)
+        kept = sum(math.prod(entry.shape) for entry in layer.state().values())  # type: ignore[operator]
+        rows.append(_row(f"{index} {name}", layer, kinds, kept * width))
+    rows.append(_row("final norm", model.final_norm, model.spec.final_norm.kind, 0))
+    return [*rows, _row("head", model.head, model.spec.head.kind, 0)]
+
+
+def cache_bytes_per_token(model: TransformerModel) -> int:
+    """Bytes that one token of one row takes in a cache of the model's dtype."""
+    return sum(row["cache_bytes_per_token"] for row in layers(model))
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What differs between the facts of two models, as (what, a, b); where they lie does not count."""
+    keys = [key for key in a if key not in ("path", "adapter", "layers")]
+    return config.diff({key: a[key] for key in keys}, {key: b[key] for key in keys})
+
+
+def _row(name: str, module: nn.Module, what: str, cache: int) -> dict[str, Any]:
+    count = sum(parameter.numel() for parameter in module.parameters())
+    return {"layer": name, "what": what, "parameters": count, "cache_bytes_per_token": cache}
