@@ -26,7 +26,10 @@ from trivium.core.log import layout, log
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHIN = 0.05  # ratios this near to 1 are equal
-FEATURES = "avx2 avx512f avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_bf16 amx_int8 asimd asimddp bf16 i8mm sve sve2".split()
+FEATURES = (
+    *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8"),
+    *("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2"),
+)
 PREFIXES = ("OMP_", "KMP_", "GOMP_", "MKL_", "ONEDNN_", "DNNL_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "TORCH_", "ATEN_")
 
 
@@ -214,9 +217,8 @@ def table(rows: Sequence[Row]) -> str:
         ratio = (_middle(row.ratios), _spread(row.ratios)) if row.peer else ("", "")
         goal = "" if row.goal is None else f"{row.goal:g}"
         met = {None: "", True: "yes", False: "NO"}[row.met]
-        lines.append(
-            (row.what, row.unit, _middle(row.ours), _spread(row.ours), row.peer, *theirs, *ratio, goal, met, row.standing)  # fmt: skip
-        )
+        ours = (_middle(row.ours), _spread(row.ours))
+        lines.append((row.what, row.unit, *ours, row.peer, *theirs, *ratio, goal, met, row.standing))
     return layout(columns, lines)
 
 
@@ -241,7 +243,9 @@ def machine() -> dict[str, Any]:
     lines = about.read_text().splitlines() if about.exists() else []
     said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = set(said.get("flags", said.get("Features", "")).split())
-    total = next((int(line.split()[1]) for line in memory.read_text().splitlines() if line.startswith("MemTotal")), 0) if memory.exists() else 0
+    total = (
+        next((int(line.split()[1]) for line in memory.read_text().splitlines() if line.startswith("MemTotal")), 0) if memory.exists() else 0
+    )
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": said.get("model name") or platform.processor() or platform.machine(),
@@ -285,7 +289,9 @@ def arguments(doc: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
 
 
 def with_model(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("--model", default="smollm2", help="what to measure: a name, wheel, GGUF file or model directory (default: smollm2)")
+    parser.add_argument(
+        "--model", default="smollm2", help="what to measure: a name, wheel, GGUF file or model directory (default: smollm2)"
+    )
     return parser
 
 
@@ -313,7 +319,9 @@ def report(
     machine: Mapping[str, Any],
 ) -> None:
     """Print the table with all that belongs to it on stdout, and write it where `--json` says."""
-    title = f"benchmarks.{name}: {options.threads} threads, {options.rounds} rounds" + (" (QUICK: figures mean nothing)" if options.quick else "")
+    title = f"benchmarks.{name}: {options.threads} threads, {options.rounds} rounds" + (
+        " (QUICK: figures mean nothing)" if options.quick else ""
+    )
     about = {**machine, "load at end": " ".join(f"{load:.1f}" for load in os.getloadavg())}
     print(f"\n{title}\n")
     print(layout(("machine", ""), list(about.items())))

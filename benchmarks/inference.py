@@ -27,10 +27,16 @@ class Prepare:
     """Makes what both sides get: the model directory, and token ids of real text."""
 
     def __init__(self, *, model: str, out: str):
+        from trivium.io.pull import pull
         from trivium.text.tokenizer import Tokenizer
 
+        self.source = pull(model).path
         self.path = common.converted(model, Path(out))
         self.tokenizer = Tokenizer.load(self.path)
+
+    def gguf(self) -> str | None:
+        """The file that the weights came from, if it is one."""
+        return str(self.source) if self.source.suffix == ".gguf" else None
 
     def tokens(self, *, count: int) -> list[int]:
         from trivium.recipes.demo_task import examples
@@ -188,7 +194,9 @@ def load_rows(path: Path, what: str, options: Any, *, goal: float | None) -> tup
     return rows, {f"{what}: first token": "the same" if firsts["trivium"] == firsts[PEER] and len(firsts[PEER]) == 1 else f"{firsts}"}
 
 
-def speed_rows(directory: Path, prompts: dict[int, list[list[int]]], prefill: list[int], new: int, options: Any) -> tuple[list[Row], dict[str, str]]:
+def speed_rows(
+    directory: Path, prompts: dict[int, list[list[int]]], prefill: list[int], new: int, options: Any
+) -> tuple[list[Row], dict[str, str]]:
     """Prefill and decoding, through `generate` and bare, and each side's peak memory after all of it."""
     rows, facts = [], {}
     jobs: list[tuple[str, str, dict[str, Any], int]] = [
@@ -229,20 +237,28 @@ def main() -> None:
         options.rounds = 1
     with tempfile.TemporaryDirectory(prefix="trivium-bench-") as scratch:
         directory = Path(scratch) / "model"
-        with common.Worker("benchmarks.inference:Prepare", threads=options.threads, options={"model": common.located(options.model), "out": str(directory)}) as worker:
-            ids = worker.call("tokens", count=max(length, short * max(batches)))
+        with common.Worker(
+            "benchmarks.inference:Prepare", threads=options.threads, options={"model": common.located(options.model), "out": str(directory)}
+        ) as worker:
+            ids, gguf = worker.call("tokens", count=max(length, short * max(batches))), worker.call("gguf")
         prompts = {batch: [ids[row * short : (row + 1) * short] for row in range(batch)] for batch in batches}
-        rows, facts = load_rows(directory, "load to first token", options, goal=EQUAL)
-        more, told = speed_rows(directory, prompts, ids[:length], new, options)
+        parts = [load_rows(directory, "load to first token", options, goal=EQUAL)]
+        if gguf is not None:
+            parts.append(load_rows(Path(gguf), "GGUF to first token", options, goal=None))
+        parts.append(speed_rows(directory, prompts, ids[:length], new, options))
     notes = [
-        f"decode: prompts of {short} tokens, {new} greedy tokens each; `generate` rows time the whole call, prompts included; `forward` rows the steps alone",
+        f"decode: prompts of {short} tokens, {new} greedy tokens each; `generate` rows time the whole call, the prompts included; "
+        "`forward` rows time the steps alone",
         "load to first token: wall time from before the process starts; a directory of safetensors, one chat question, one token",
+        "GGUF to first token: the same from the GGUF file itself, which both sides turn into bf16",
         "transformers: sdpa attention, dynamic cache (its defaults), no compile on either side; the same thread, allocator and OpenMP settings",
         "tok/cpu s: the same rounds in processor time, which a busy machine disturbs less (spinning threads count)",
         "peak memory is a fresh process's resident high-water mark; mapped weight files count while they are resident",
     ]
     versions = common.versions("trivium", "torch", "transformers", "tokenizers", "safetensors")
-    common.report("inference", options, rows + more, facts={**facts, **told}, notes=notes, versions=versions, machine=machine)
+    rows = [row for part, _ in parts for row in part]
+    facts = {name: fact for _, part in parts for name, fact in part.items()}
+    common.report("inference", options, rows, facts=facts, notes=notes, versions=versions, machine=machine)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def main() -> None:
     rows.append(Row("import trivium", "s wall", "less", ours, PEER, theirs))
     modules = {name: imports(COMMANDS[name]) for name in GOALS}
     facts = {
-        f"{name} imports": f"{len(seen)} modules, " + ("TORCH AMONG THEM" if "torch" in seen else "no torch") for name, seen in modules.items()
+        f"{name} imports": f"{len(seen)} modules, " + ("TORCH AMONG THEM" if "torch" in seen else "no torch")
+        for name, seen in modules.items()
     }
     notes = ["the column `trivium` holds the command that the row names; goals are for wall time, the interpreter's start included"]
     told = common.versions("trivium", "torch", "transformers", "pydantic", "cyclopts")

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..core.errors import ConfigError, TriviumError, unknown
 from ..core.seed import generator
 from ..models.transformer import TransformerModel
-from ..nn.adapted import AdaptedLinear, LowRank
+from ..nn.adapted import AdaptedLinear, LowRank, Sharing
+from ..nn.linear import Linear
 from .passes import Pass, linears, matches, replace_module, select
 
 
@@ -38,6 +39,7 @@ class LoRA(Pass):
     )
     ranks: Mapping[str, int] = Field({}, description="ranks of single maps, by name or ending")
     alphas: Mapping[str, float] = Field({}, description="alphas of single maps, by name or ending")
+    shared: tuple[str, ...] = Field((), description="containers, such as mixer.inp, whose maps share one A: as one fused map would")
     dropout: float = Field(0.0, ge=0, lt=1, description="chance of an input channel to be dropped on its way into A, in training")
 
     @classmethod
@@ -57,7 +59,24 @@ class LoRA(Pass):
                     )
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        containers = {name: name.rpartition(".")[0] for name in chosen}
+        for pattern in self.shared:
+            if not any(matches(container, pattern) for container in containers.values()):
+                raise ConfigError(
+                    f"adapter {self.name!r}: shared: {pattern!r} contains none of the adapted maps", field="shared", value=pattern
+                )
+        groups: dict[str, dict[str, Linear | AdaptedLinear]] = {}
         for name, module in chosen.items():
+            shares = any(matches(containers[name], pattern) for pattern in self.shared)
+            groups.setdefault(containers[name] if shares else name, {})[name] = module
+        for maps in groups.values():
+            self._adapt(model, maps)
+        _number(model, (*adapters(model), self.name))
+
+    def _adapt(self, model: TransformerModel, maps: Mapping[str, Linear | AdaptedLinear]) -> None:
+        """Put an update beside each of `maps`; all of them share the first one's A."""
+        leader: LowRank | None = None
+        for name, module in maps.items():
             if isinstance(module, AdaptedLinear):
                 adapted = module
             else:
@@ -67,13 +86,18 @@ class LoRA(Pass):
                 raise ConfigError(f"an adapter called {self.name!r} is there already ({name}); give this one another name")
             outputs, inputs = adapted.weight.shape
             rank = _of(self.ranks, name, self.rank)
-            if rank > min(inputs, outputs):
+            if rank > min(inputs, outputs) * len(maps):  # one A shared by n maps may hold the n that they had apart
                 raise ConfigError(
                     f"adapter {self.name!r}: rank {rank} is above the size of {name} ({outputs} x {inputs})", field="rank", value=rank
                 )
             scale = self.scale(rank, _of(self.alphas, name, self.alpha))
-            adapted.lora[self.name] = LowRank(inputs, outputs, rank=rank, scale=scale, dropout=self.dropout, like=adapted.weight)
-        _number(model, (*adapters(model), self.name))
+            if leader is None:
+                update = leader = LowRank(inputs, outputs, rank=rank, scale=scale, dropout=self.dropout, like=adapted.weight)
+            elif rank != leader.A.shape[0]:
+                raise ConfigError(f"adapter {self.name!r}: {', '.join(maps)} share one A, so their ranks must be equal", field="ranks")
+            else:
+                update = Sharing(leader, outputs, scale=scale)
+            adapted.lora[self.name] = update
 
 
 def _of(patterns: Mapping[str, N], name: str, default: N) -> N:
@@ -164,13 +188,12 @@ def unmerge(model: TransformerModel, step: LoRA, tensors: Mapping[str, Tensor]) 
     """Undo a merge: subtract the updates again and put the adapter back beside the base. `tensors`: the adapter's
     parameters by their names in the model. Exact up to the rounding of the base's dtype."""
     step.apply(model)
-    own = dict(model.named_parameters())
     for path, (module, update) in updates(model, step.name).items():
-        for part in ("A", "B"):
+        for part, parameter in update.named_parameters():
             key = f"{path}.lora.{step.name}.{part}"
             if key not in tensors:
                 raise TriviumError(f"the adapter has no tensor {key}")
-            own[key].copy_(tensors[key])
+            parameter.copy_(tensors[key])
         weight = module.base.weight
         weight.copy_((weight.float() - update.delta()).to(weight.dtype))
 
@@ -178,5 +201,7 @@ def unmerge(model: TransformerModel, step: LoRA, tensors: Mapping[str, Tensor]) 
 def adapter_tensors(model: TransformerModel, name: str = "default") -> dict[str, Tensor]:
     """Adapter `name`'s parameters by their names in the model."""
     return {
-        f"{path}.lora.{name}.{part}": getattr(update, part) for path, (_, update) in updates(model, name).items() for part in ("A", "B")
+        f"{path}.lora.{name}.{part}": parameter
+        for path, (_, update) in updates(model, name).items()
+        for part, parameter in update.named_parameters()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,10 +98,8 @@ def _converse(talk: Chat) -> int:
 
 def _ask() -> str:
     """One line from the user; the prompt stays out of a redirected stdout."""
-    try:
-        import readline  # noqa: F401 - gives `input` editing and history, where it is there
-    except ImportError:
-        pass
+    with contextlib.suppress(ImportError):  # gives `input` editing and history, where it is there
+        import readline  # noqa: F401
     if sys.stdout.isatty():
         return input("> ")
     print("> ", end="", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """LoRA adapters in PEFT's layout, both ways: `adapter_config.json` and `adapter_model.safetensors`.
 
-The family's weight rules carry the names. `trivium_adapter.json` beside them records which base weights the adapter
+The family's weight rules carry the names. Where the family fuses maps on disk, an adapter of the fused map is read as one A
+that ours share, and adapters of ours apart are written as one of the summed rank. `trivium_adapter.json` beside them records which base weights the adapter
 was trained on, which PEFT does not. What PEFT can say and we cannot (DoRA, saved modules, biases) is refused by name.
 """
 
@@ -9,11 +10,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from .. import __version__
 from ..adapt.lora import LoRA, adapters, updates
@@ -22,10 +25,11 @@ from ..core.errors import ConfigError, FileError
 from ..core.log import log
 from ..core.spec import Spec, validate
 from ..models.transformer import TransformerModel
+from ..nn.adapted import LowRank
 from .directory import NATIVE, weights_digest
 from .files import atomic_directory, read_json, write_json
 from .hf import families
-from .rules import some, to_disk
+from .rules import Site, sites, some
 from .tensors import Lazy, read_file, write_file
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "trivium_adapter.json"
@@ -49,6 +53,7 @@ class AdapterConfig(Spec):
     lora_alpha: float = 8
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     use_rslora: bool = False
+    fan_in_fan_out: bool = False
     target_modules: str | tuple[str, ...]
     exclude_modules: str | tuple[str, ...] | None = None
     layers_to_transform: int | tuple[int, ...] | None = None
@@ -90,41 +95,45 @@ def read(
     path = Path(path)
     config, tensors = read_config(path), read_file(path / WEIGHTS)
     _check_base(path, base, accept=accept)
-    theirs = _names(model, family)
-    stored = _stored(path, _without_copies(path, tensors, model, theirs), theirs)
-    matched = {mine for mine, name_there in theirs.items() if _is_target(config, name_there)}
-    if matched != set(stored):
-        odd = sorted(matched ^ set(stored))
-        raise FileError(
-            f"{path}: target_modules and the stored tensors disagree about {some([theirs[mine] for mine in odd])} ({len(odd)} modules)"
-        )
+    places = _sites(model, family)
+    stored = _stored(path, _without_copies(path, tensors, model, places), places)
+    if odd := sorted({place for place in places if _is_target(config, place)} ^ set(stored)):
+        raise FileError(f"{path}: target_modules and the stored tensors disagree about {some(odd)} ({len(odd)} modules)")
+    if config.fan_in_fan_out and not any(places[place].transposed for place in stored):
+        raise ConfigError(f"{path / CONFIG}: fan_in_fan_out = true, but this base stores none of the adapted maps transposed")
     ranks, alphas = {}, {}
     shapes = {mine: tuple(module.weight.shape) for mine, module in linears(model).items()}
-    for mine, (a, b) in stored.items():
-        ranks[mine] = _pattern(config.rank_pattern, theirs[mine], config.r)
-        alphas[mine] = _pattern(config.alpha_pattern, theirs[mine], config.lora_alpha)
-        outputs, inputs = shapes[mine]
-        if a.shape != (ranks[mine], inputs) or b.shape != (outputs, ranks[mine]):
+    for place, (a, b) in stored.items():
+        parts = places[place].ours
+        rank = _pattern(config.rank_pattern, place, config.r)
+        ranks |= dict.fromkeys(parts, rank)
+        alphas |= dict.fromkeys(parts, _pattern(config.alpha_pattern, place, config.lora_alpha))
+        outputs, inputs = sum(shapes[mine][0] for mine in parts), shapes[parts[0]][1]
+        if a.shape != (rank, inputs) or b.shape != (outputs, rank):
             raise FileError(
-                f"{path}: {theirs[mine]} holds A {list(a.shape)} and B {list(b.shape)}, "
-                f"expected [{ranks[mine]}, {inputs}] and [{outputs}, {ranks[mine]}]: another rank, or another base"
+                f"{path}: {place} holds A {list(a.shape)} and B {list(b.shape)}, "
+                f"expected [{rank}, {inputs}] and [{outputs}, {rank}]: another rank, or another base"
             )
+    containers = {places[place].ours[0].rpartition(".")[0] for place in stored if len(places[place].ours) > 1}
     step = LoRA(
         name=name,
         rank=config.r,
         alpha=config.lora_alpha,
         rsqrt=config.use_rslora,
-        targets=tuple(_endings(stored, theirs)),
+        targets=tuple(_endings(ranks, [mine for site in places.values() for mine in site.ours])),
         ranks={mine: rank for mine, rank in ranks.items() if rank != config.r},
         alphas={mine: alpha for mine, alpha in alphas.items() if alpha != config.lora_alpha},
+        shared=tuple(_endings(containers, containers)),
         dropout=config.lora_dropout,
     )
     step.apply(model)
-    model.train(model.training)  # what the pass added follows the mode of the rest
+    chosen = updates(model, name)
     with torch.no_grad():
-        for mine, (_, update) in updates(model, name).items():
-            for parameter, lazy in zip((update.A, update.B), stored[mine], strict=True):
-                parameter.copy_(lazy.load())
+        for place, (a, b) in stored.items():
+            parts = [chosen[mine][1] for mine in places[place].ours]
+            for update, rows in zip(parts, b.load().split([len(part.B) for part in parts]), strict=True):
+                update.A.copy_(a.load())
+                update.B.copy_(rows)
     dtypes = {lazy.dtype for pair in stored.values() for lazy in pair}
     if rounded := [dtype for dtype in dtypes if torch.finfo(dtype).eps < torch.finfo(model.dtype).eps]:
         log.warn(f"{path}: stored as {str(rounded[0])[6:]}, rounded to the model's {str(model.dtype)[6:]}")
@@ -149,11 +158,16 @@ def write(
     """
     chosen = updates(model, name)
     step = adapters(model)[name]
-    theirs = _names(model, family)
-    if lost := [mine for mine in chosen if mine not in theirs]:
+    places = _sites(model, family)
+    known = {mine for site in places.values() for mine in site.ours}
+    if lost := [mine for mine in chosen if mine not in known]:
         raise ConfigError(f"adapter {name!r}: model_type {family!r} has no module of its own for {some(lost)}")
-    targets = [theirs[mine] for mine in chosen]
-    alphas = {mine: _longest(step.alphas, mine, step.alpha) for mine in chosen}
+    outputs = {mine: len(module.weight) for mine, module in linears(model).items()}
+    written = {
+        place: _fused(step, {mine: (outputs[mine], chosen[mine][1] if mine in chosen else None) for mine in site.ours})
+        for place, site in places.items()
+        if any(mine in chosen for mine in site.ours)
+    }
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -166,17 +180,17 @@ def write(
         "use_rslora": step.rsqrt,
         "use_dora": False,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(places[place].transposed for place in written),
         "init_lora_weights": True,
         "modules_to_save": None,
-        "target_modules": sorted(_endings(targets, theirs.values())),
-        "rank_pattern": _patterns({theirs[mine]: update.A.shape[0] for mine, (_, update) in chosen.items()}, step.rank, theirs.values()),
-        "alpha_pattern": _patterns({theirs[mine]: alpha for mine, alpha in alphas.items()}, step.alpha, theirs.values()),
+        "target_modules": sorted(_endings(written, places)),
+        "rank_pattern": _patterns({place: len(update.A) for place, update in written.items()}, step.rank, places),
+        "alpha_pattern": _patterns({place: update.alpha for place, update in written.items()}, step.alpha, places),
     }
     tensors = {}
-    for mine, (_, update) in chosen.items():
-        for part, parameter in (("lora_A", update.A), ("lora_B", update.B)):
-            tensors[f"{PREFIX}{theirs[mine]}.{part}.weight"] = Lazy.of(parameter.detach())
+    for place, update in written.items():
+        for part, tensor in (("lora_A", update.A), ("lora_B", update.B)):
+            tensors[f"{PREFIX}{place}.{part}.weight"] = Lazy.of(tensor)
     with atomic_directory(Path(path), overwrite=overwrite) as partial:
         write_file(partial / WEIGHTS, tensors)
         write_json(partial / CONFIG, config)
@@ -184,18 +198,48 @@ def write(
             write_json(partial / RECORD, {"format": 1, **AdapterRecord(version=__version__, base=weights_digest(base)).to_dict()})
 
 
-def _names(model: TransformerModel, family: str) -> dict[str, str]:
-    """Our linear maps by the family's names for them; those that it stores in another form are left out."""
+def _sites(model: TransformerModel, family: str) -> dict[str, Site]:
+    """The linear maps that the family stores, by its names, and which of ours each one holds."""
     mine = list(linears(model))
     if family == NATIVE:
-        return {name: name for name in mine}
-    rules = families.get(family).rules(model.spec)
-    return {name: found for name in mine if (found := to_disk(rules, name)) is not None}
+        return {name: Site((name,), transposed=False) for name in mine}
+    return sites(families.get(family).rules(model.spec), mine)
 
 
-def _without_copies(path: Path, tensors: Mapping[str, Lazy], model: TransformerModel, theirs: Mapping[str, str]) -> dict[str, Lazy]:
+@dataclass(frozen=True)
+class _Update:
+    """The update of one map on disk: A [R, in], B [out, R], and the alpha that scales it."""
+
+    A: Tensor
+    B: Tensor
+    alpha: float
+
+
+@torch.no_grad()
+def _fused(step: LoRA, parts: Mapping[str, tuple[int, LowRank | None]]) -> _Update:
+    """Adapter `step`'s updates of the maps that stand as one on disk (by name: outputs, and the update if it has one), as
+    one: a block of columns of B for each A that they have, so that its rank is the sum of theirs. Maps that share an A
+    share its block; a map without an update gets rows of zeros."""
+    mine = {name: update for name, (_, update) in parts.items() if update is not None}
+    blocks = list({id(update.A): update.A for update in mine.values()}.values())
+    rank, alpha = sum(map(len, blocks)), _longest(step.alphas, next(iter(mine)), step.alpha)
+    scale = max((update.scale for update in mine.values()), key=abs)
+    stripes = []
+    for outputs, update in parts.values():
+        columns = [blocks[0].new_zeros(outputs, len(block)) for block in blocks]
+        if update is not None:
+            place = next(k for k, block in enumerate(blocks) if block is update.A)
+            columns[place] = update.B if update.scale == scale else (update.B.float() * (update.scale / scale)).to(update.B.dtype)
+        stripes.append(torch.cat(columns, 1))
+    if scale != step.scale(rank, alpha):
+        alpha = scale / step.scale(rank, 1.0)
+    return _Update(torch.cat(blocks).detach(), torch.cat(stripes), alpha)
+
+
+def _without_copies(path: Path, tensors: Mapping[str, Lazy], model: TransformerModel, places: Mapping[str, Site]) -> dict[str, Lazy]:
     """`tensors` without the copies of base weights that PEFT adds where the head is adapted; they must equal the base's."""
-    modules = {f"{PREFIX}{theirs[mine]}": module for mine, module in linears(model).items() if mine in theirs}
+    own = linears(model)
+    modules = {f"{PREFIX}{place}": own[site.ours[0]] for place, site in places.items() if len(site.ours) == 1 and not site.transposed}
     out = {}
     for key, lazy in tensors.items():
         module = modules.get(key.removesuffix(".weight").removesuffix(".base_layer"))
@@ -206,20 +250,19 @@ def _without_copies(path: Path, tensors: Mapping[str, Lazy], model: TransformerM
     return out
 
 
-def _stored(path: Path, tensors: Mapping[str, Lazy], theirs: Mapping[str, str]) -> dict[str, tuple[Lazy, Lazy]]:
-    """Our module -> (A, B). Raises `FileError` on any tensor that is not half of such a pair."""
-    mine = {found: name for name, found in theirs.items()}
+def _stored(path: Path, tensors: Mapping[str, Lazy], places: Mapping[str, Site]) -> dict[str, tuple[Lazy, Lazy]]:
+    """The map's name on disk -> (A, B). Raises `FileError` on any tensor that is not half of such a pair."""
     pairs: dict[str, dict[str, Lazy]] = {}
     left = []
     for key, lazy in tensors.items():
         found = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight", key)
-        if found is None or found[1] not in mine:
+        if found is None or found[1] not in places:
             left.append(key)
         else:
-            pairs.setdefault(mine[found[1]], {})[found[2]] = lazy
+            pairs.setdefault(found[1], {})[found[2]] = lazy
     if left:
         raise FileError(f"{path / WEIGHTS}: {len(left)} tensors are left over, this base has no place for them: {some(left)}")
-    if half := [theirs[name] for name, pair in pairs.items() if len(pair) != 2]:
+    if half := [name for name, pair in pairs.items() if len(pair) != 2]:
         raise FileError(f"{path / WEIGHTS}: one of A and B is missing for {some(half)}")
     if not pairs:
         raise FileError(f"{path / WEIGHTS}: holds no tensors, so the adapter changes nothing")

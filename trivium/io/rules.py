@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from ..core.errors import FileError
 from .tensors import Lazy
@@ -75,31 +77,44 @@ class Transpose(Rule):
         super().__init__([disk], [ours])
 
     def forward(self, tensors: list[Lazy]) -> list[Lazy]:
-        return [tensor.derive(tensor.shape[::-1], lambda value: value.T.contiguous() if value.dim() == 2 else value) for tensor in tensors]
+        return [_transposed(tensor) for tensor in tensors]
 
     backward = forward
 
 
-class Split(Rule):
-    """One tensor on disk holds several of ours, one after the other along its first dimension."""
+def _transposed(tensor: Lazy) -> Lazy:
+    return tensor.derive(tensor.shape[::-1], lambda value: value.T.contiguous() if value.dim() == 2 else value)
 
-    def __init__(self, disk: str, ours: Sequence[str], *, sizes: Sequence[int]):
+
+class Split(Rule):
+    """One tensor on disk holds several of ours, one after the other along their first dimension; `transposed`: a matrix
+    is stored the other way round, so that they lie along its second."""
+
+    def __init__(self, disk: str, ours: Sequence[str], *, sizes: Sequence[int], transposed: bool = False):
         super().__init__([disk], ours)
         self.sizes = tuple(sizes)
+        self.transposed = transposed
 
     def forward(self, tensors: list[Lazy]) -> list[Lazy]:
         (whole,) = tensors
-        if whole.shape[0] != sum(self.sizes):
-            raise FileError(f"{self.disk[0].text}: {whole.shape[0]} rows cannot be split into {self.sizes}")
+        shape = whole.shape[::-1] if self.transposed else whole.shape
+        if shape[0] != sum(self.sizes):
+            raise FileError(f"{self.disk[0].text}: {shape[0]} rows cannot be split into {self.sizes}")
         parts, begin = [], 0
         for size in self.sizes:
-            parts.append(whole.derive((size, *whole.shape[1:]), lambda value, begin=begin, size=size: value[begin : begin + size]))
+            parts.append(whole.derive((size, *shape[1:]), partial(self._part, begin=begin, size=size)))
             begin += size
         return parts
 
+    def _part(self, whole: Tensor, *, begin: int, size: int) -> Tensor:
+        if self.transposed and whole.dim() == 2:
+            return whole[:, begin : begin + size].T.contiguous()
+        return whole[begin : begin + size]
+
     def backward(self, tensors: list[Lazy]) -> list[Lazy]:
         first = tensors[0]
-        return [Lazy((sum(self.sizes), *first.shape[1:]), first.dtype, lambda: torch.cat([tensor.load() for tensor in tensors]))]
+        whole = Lazy((sum(self.sizes), *first.shape[1:]), first.dtype, lambda: torch.cat([tensor.load() for tensor in tensors]))
+        return [_transposed(whole) if self.transposed else whole]
 
 
 class Stack(Rule):
@@ -167,21 +182,26 @@ def backward(rules: Sequence[Rule], tensors: Mapping[str, Lazy]) -> dict[str, La
     return _emit((group, group.rule.ours, group.rule.disk, group.rule.backward) for group in groups)
 
 
-def to_disk(rules: Sequence[Rule], module: str) -> str | None:
-    """The name on disk of a module (or parameter) of ours that is only renamed; None if there is none such."""
-    return _rename([(rule.ours[0], rule.disk[0]) for rule in rules if isinstance(rule, Rename)], module)
+@dataclass(frozen=True)
+class Site:
+    """A linear map on disk: the modules of ours that it holds, one after the other along its outputs. `transposed`: it
+    is stored as [in, out]."""
+
+    ours: tuple[str, ...]
+    transposed: bool
 
 
-def to_ours(rules: Sequence[Rule], module: str) -> str | None:
-    """Our name of a module (or parameter) on disk that is only renamed; None if there is none such."""
-    return _rename([(rule.disk[0], rule.ours[0]) for rule in rules if isinstance(rule, Rename)], module)
-
-
-def _rename(pairs: Iterable[tuple[Pattern, Pattern]], name: str) -> str | None:
-    for source, target in pairs:
-        if (values := source.match(name)) is not None:
-            return target.fill(values)
-    return None
+def sites(rules: Sequence[Rule], modules: Iterable[str]) -> dict[str, Site]:
+    """The linear maps on disk, by name, that hold these modules of ours; a module that none holds is left out."""
+    out: dict[str, Site] = {}
+    for module in modules:
+        for rule in rules:
+            values = next((values for pattern in rule.ours if (values := pattern.match(module)) is not None), None)
+            if values is not None and isinstance(rule, Rename | Transpose | Split):
+                turned = isinstance(rule, Transpose) or (isinstance(rule, Split) and rule.transposed)
+                out[rule.disk[0].fill(values)] = Site(tuple(pattern.fill(values) for pattern in rule.ours), turned)
+                break
+    return out
 
 
 def _match(sides: Sequence[tuple[Rule, tuple[Pattern, ...]]], tensors: Mapping[str, Lazy]) -> tuple[list[_Group], list[str]]:

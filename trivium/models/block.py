@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
+import torch.nn.functional as F
 from pydantic import Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
@@ -17,13 +18,19 @@ from ..nn.store import State
 
 
 class Block(Spec):
-    """What one kind of layer is. `norm_at`: `pre`, x + f(norm(x)); `post`, norm(x + f(x)) (arXiv:2002.04745)."""
+    """What one kind of layer is.
+
+    `norm_at`: `pre`, x + f(norm(x)); `post`, norm(x + f(x)) (arXiv:2002.04745), which with a residual scale of 1/alpha is
+    DeepNorm (arXiv:2203.00555); `reordered`, x + norm(f(x)) (OLMo 2, arXiv:2501.00656); `sandwich`, x + norm(f(norm(x)))
+    with two norms (arXiv:2105.13290, Gemma 2).
+    """
 
     mixer: SerializeAsAny[Mixer] | None = Field(None, description="what mixes positions")
     ffn: SerializeAsAny[FFN] | None = Field(None, description="what works on each position alone")
     norm: SerializeAsAny[Norm] = Field(RMS(), description="the norm of each sublayer")
-    norm_at: Literal["pre", "post"] = Field("pre", description="where the norms stand")
+    norm_at: Literal["pre", "post", "reordered", "sandwich"] = Field("pre", description="where the norms stand")
     residual: SerializeAsAny[Residual] = Field(Plain(), description="how a sublayer's output joins the stream")
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance of a channel of a sublayer's output to be dropped, in training")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -44,26 +51,37 @@ class Layer(nn.Module):
         if spec.mixer is not None:
             self.mixer_norm = spec.norm.build(dim)
             self.mixer = spec.mixer.build(dim)
+            if spec.norm_at == "sandwich":
+                self.mixer_out_norm = spec.norm.build(dim)
         if spec.ffn is not None:
             self.ffn_norm = spec.norm.build(dim)
             self.ffn = spec.ffn.build(dim)
+            if spec.norm_at == "sandwich":
+                self.ffn_out_norm = spec.norm.build(dim)
 
     def state(self) -> State:
         return self.mixer.state() if self.spec.mixer is not None else {}
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
-        spec = self.spec
-        join, pre = spec.residual.join, spec.norm_at == "pre"
-        if spec.mixer is not None:
-            handle = step.handle(self.index)
-            if pre:
-                x = join(x, self.mixer(self.mixer_norm(x), step, handle))
-            else:
-                x = self.mixer_norm(join(x, self.mixer(x, step, handle)))
-        if spec.ffn is not None:
-            if pre:
-                x = join(x, self.ffn(self.ffn_norm(x), step))
-            else:
-                x = self.ffn_norm(join(x, self.ffn(x, step)))
+        if self.spec.mixer is not None:
+            y = self.mixer(self._before(x, self.mixer_norm), step, step.handle(self.index))
+            x = self._after(x, y, self.mixer_out_norm if self.spec.norm_at == "sandwich" else self.mixer_norm)
+        if self.spec.ffn is not None:
+            y = self.ffn(self._before(x, self.ffn_norm), step)
+            x = self._after(x, y, self.ffn_out_norm if self.spec.norm_at == "sandwich" else self.ffn_norm)
         return x
+
+    def _before(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """What a sublayer is given."""
+        return norm(x) if self.spec.norm_at in ("pre", "sandwich") else x
+
+    def _after(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+        """The stream x with a sublayer's output y in it."""
+        spec = self.spec
+        if spec.norm_at in ("reordered", "sandwich"):
+            y = norm(y)
+        if spec.dropout:
+            y = F.dropout(y, spec.dropout, self.training)
+        x = spec.residual.join(x, y)
+        return norm(x) if spec.norm_at == "post" else x

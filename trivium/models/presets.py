@@ -50,3 +50,9 @@ def tiny_llama() -> Transformer:
 @presets.register("smollm2-135m")
 def smollm2_135m() -> Transformer:
     return llama(dim=576, layers=30, heads=9, kv_heads=3, hidden=1536, vocab=49152, base=100000.0, tied=True, context=8192)
+
+
+@presets.register("llama-5m")
+def llama_5m() -> Transformer:
+    """About 5 million parameters with a vocabulary of 8,192: what two cores pretrain in minutes."""
+    return llama(dim=256, layers=5, heads=8, kv_heads=4, hidden=704, vocab=8192, tied=True, context=1024)

@@ -24,6 +24,7 @@ from ..nn.norms import RMS, Norm
 from ..nn.step import Step
 from ..nn.store import Store
 from .block import Block
+from .initialization import Place, starts
 
 if TYPE_CHECKING:
     from ..core.spec import Part
@@ -159,9 +160,10 @@ def build(spec: Transformer, *, device: str | torch.device = "meta", dtype: torc
 
 
 @torch.no_grad()
-def initialize(model: TransformerModel, *, seed: int, std: float = 0.02) -> TransformerModel:
-    """Draw all parameters: matrices normal with `std`, the maps back into the stream with std / sqrt(2 layers)
-    (GPT-2), biases zero, norms one. Each parameter's draw depends on the seed and its name alone."""
+def initialize(model: TransformerModel, *, seed: int, std: float = 0.02, start: str = "gpt2") -> TransformerModel:
+    """Draw all parameters: matrices normal, with the deviation that the formula `start` gives (`std` is its base: see
+    `initialization`), biases zero, norms one. Each parameter's draw depends on the seed and its name alone."""
+    formula = starts.get(start, field="start")
     for prefix, module in model.named_modules():
         if isinstance(module, OwnStart):
             module.reset()
@@ -170,7 +172,14 @@ def initialize(model: TransformerModel, *, seed: int, std: float = 0.02) -> Tran
             if name == "bias":
                 parameter.zero_()
                 continue
-            scale = std / (2 * len(model.layers)) ** 0.5 if prefix.endswith((".mixer.out", ".ffn.out")) else std
+            outputs, inputs = parameter.shape
+            place = Place(
+                inputs=inputs,
+                outputs=outputs,
+                layers=len(model.layers),
+                table=prefix.startswith("embed"),
+                writes=prefix.endswith((".mixer.out", ".ffn.out")),
+            )
             drawn = torch.randn(parameter.shape, generator=generator(seed, f"{prefix}.{name}"))
-            parameter.copy_(drawn * scale)
+            parameter.copy_(drawn * formula(place, std))
     return model

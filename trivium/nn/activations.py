@@ -48,6 +48,39 @@ class Swish(Activation):
         return SwishActivation(self)
 
 
+class GELU(Activation):
+    """x * Phi(x), the mean of x kept with probability Phi(x) (arXiv:1606.08415). `approximate`: `tanh`, as in GPT-2
+    (at most 5e-4 off); `sigmoid`, x * sigmoid(1.702 x) (at most 2.1e-2 off)."""
+
+    kind: Literal["gelu"] = "gelu"
+    approximate: Literal["none", "tanh", "sigmoid"] = Field("none", description="what stands for Phi")
+
+    @classmethod
+    def tiny(cls) -> GELU:
+        return cls(approximate="tanh")
+
+    def build(self) -> nn.Module:
+        return SigmoidGELU() if self.approximate == "sigmoid" else nn.GELU(self.approximate)
+
+
+class SigmoidGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ReLU(Activation):
+    """max(0, x); the gradient at 0 is 0. Units can die: see `monitors.dead_units`."""
+
+    kind: Literal["relu"] = "relu"
+
+    @classmethod
+    def tiny(cls) -> ReLU:
+        return cls()
+
+    def build(self) -> nn.Module:
+        return nn.ReLU()
+
+
 class SwishActivation(OwnStart):
     def __init__(self, spec: Swish):
         super().__init__()

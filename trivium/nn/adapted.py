@@ -35,6 +35,23 @@ class LowRank(nn.Module):
         return self.scale * (self.B.float() @ self.A.float())
 
 
+class Sharing(LowRank):
+    """An update that reads its input through another's A, which stays the other's parameter: B alone is its own."""
+
+    def __init__(self, leader: LowRank, outputs: int, *, scale: float):
+        nn.Module.__init__(self)
+        self.scale, self.dropout = scale, leader.dropout
+        self._leader = (leader,)  # in a tuple, so that it is no child of this module
+        self.B = nn.Parameter(leader.A.new_empty(outputs, leader.A.shape[0]))
+
+    @property
+    def A(self) -> Tensor:  # type: ignore[override]
+        return self._leader[0].A
+
+    def reset(self, generator: torch.Generator) -> None:
+        nn.init.zeros_(self.B)
+
+
 class AdaptedLinear(nn.Module):
     """`base` and its updates by name. A row of the batch uses the adapter that the step's `adapters` numbers; without
     `adapters`, the model's one adapter. `numbered` is told the model's adapters in order, this map's own or not."""

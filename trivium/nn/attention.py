@@ -52,6 +52,7 @@ class Attention(Mixer):
     position: SerializeAsAny[Position] | None = Field(None, description="what is done to queries and keys so that order matters")
     pattern: SerializeAsAny[Pattern] = Field(Full(), description="which positions are in reach")
     scores: Scores = Field(Scores(), description="how products become scores")
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance of an attention weight to be dropped, in training")
 
     @classmethod
     def tiny(cls) -> Attention:
@@ -92,7 +93,8 @@ class AttentionMixer(MixerModule):
             q, k = spec.position.apply(q, k, step)
         k, v = handle.extend(k=k, v=v)
         view = step.view(window=spec.pattern.window)
-        mixed = attend(q, k, v, view, scale=self.scale, backend=self.backend)
+        dropout = spec.dropout if self.training else 0.0
+        mixed = attend(q, k, v, view, scale=self.scale, backend=self.backend, dropout=dropout)
         return self.out(mixed.transpose(1, 2).reshape(batch, count, -1), step)
 
 

@@ -7,12 +7,14 @@ backend no more than it must know: nothing, the causal triangle, or a mask.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.errors import ConfigError
 from ..core.registry import Registry
 from .step import Documents, View
 
@@ -42,9 +44,11 @@ def eager_weights(q: Tensor, k: Tensor, *, scale: float, causal: bool, mask: Ten
 
 
 @backends.register("eager")
-def eager(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
-    """The naive statement, products and softmax apart."""
+def eager(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """The naive statement, products and softmax apart. `dropout`: the chance of a weight to be dropped."""
     weights = eager_weights(q, k, scale=scale, causal=causal, mask=mask)
+    if dropout:
+        weights = F.dropout(weights, dropout)
     batch, heads, count, slots = weights.shape
     kv_heads = v.shape[1]
     return (weights.view(batch, kv_heads, -1, slots) @ v).view(batch, heads, count, -1)
@@ -68,9 +72,20 @@ def auto(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: T
     return (eager if q.device.type == "cpu" and short else sdpa)(q, k, v, scale=scale, causal=causal, mask=mask)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, view: View, *, scale: float, backend: str) -> Tensor:
-    """q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D], each query over what `view` lets it see."""
-    run = backends.get(backend)
+def attend(q: Tensor, k: Tensor, v: Tensor, view: View, *, scale: float, backend: str, dropout: float = 0.0) -> Tensor:
+    """q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D], each query over what `view` lets it see.
+
+    Only `eager` holds the weights that `dropout` drops: `auto` then means `eager`, any other backend is a `ConfigError`.
+    """
+    run: Backend = backends.get(backend)
+    if dropout:
+        if backend not in ("auto", "eager"):
+            raise ConfigError(
+                f"the attention backend {backend!r} cannot drop weights; use 'eager' or 'auto', or set the attention's dropout to 0",
+                field="dropout",
+                value=dropout,
+            )
+        run = partial(eager, dropout=dropout)
     documents = view.documents
     if documents is not None:
         return _attend_documents(q, k, v, documents, run, scale=scale, causal=view.causal)

@@ -22,12 +22,14 @@ class FFN(Part, registry=Registry("ffn", "trivium.nn")):
 
 
 class MLP(FFN):
-    """out(act(gate(x)) * up(x)), the gated form of arXiv:2002.05202; SwiGLU with `silu`."""
+    """out(act(gate(x)) * up(x)), the gated form of arXiv:2002.05202; SwiGLU with `silu`. Not `gated`, the plain
+    out(act(up(x))) of arXiv:1706.03762, which has no map called gate."""
 
     kind: Literal["mlp"] = "mlp"
     hidden: int = Field(gt=0, description="width inside")
-    activation: SerializeAsAny[Activation] = Field(SiLU(), description="what is applied to the gate")
-    bias: bool = Field(False, description="biases on all three maps")
+    activation: SerializeAsAny[Activation] = Field(SiLU(), description="what is applied to the gate; to up where there is none")
+    gated: bool = Field(True, description="whether a second map is multiplied in")
+    bias: bool = Field(False, description="biases on all maps")
 
     @classmethod
     def tiny(cls) -> MLP:
@@ -41,14 +43,15 @@ class FeedForward(nn.Module):
     def __init__(self, spec: MLP, dim: int):
         super().__init__()
         self.spec = spec
-        self.inp = Projections(
-            gate=Linear(dim, spec.hidden, bias=spec.bias),
-            up=Linear(dim, spec.hidden, bias=spec.bias),
-        )
+        names = ("gate", "up") if spec.gated else ("up",)
+        self.inp = Projections(**{name: Linear(dim, spec.hidden, bias=spec.bias) for name in names})
         self.activation = spec.activation.build()
         self.out = Linear(spec.hidden, dim, bias=spec.bias)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
+        if not self.spec.gated:
+            (up,) = self.inp(x, step)
+            return self.out(self.activation(up), step)
         gate, up = self.inp(x, step)
         if isinstance(self.activation, nn.SiLU):
             return self.out(silu_times(gate, up), step)

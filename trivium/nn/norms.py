@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -54,6 +55,39 @@ class RMSNorm(OwnStart):
 
     def reset(self) -> None:
         nn.init.constant_(self.weight, 1.0 - self.spec.offset)
+
+
+class Layer(Norm):
+    """(x - mean) / deviation * weight + bias over the channels of each token (arXiv:1607.06450)."""
+
+    kind: Literal["layer"] = "layer"
+    eps: float = Field(1e-5, gt=0, description="added to the variance")
+    bias: bool = Field(True, description="whether a bias is added")
+
+    @classmethod
+    def tiny(cls) -> Layer:
+        return cls(eps=1e-4)
+
+    def build(self, dim: int) -> nn.Module:
+        return LayerNorm(self, dim)
+
+
+class LayerNorm(OwnStart):
+    """torch's kernel: statistics and affine map in float32 whatever the dtype of x, rounded once."""
+
+    def __init__(self, spec: Layer, dim: int):
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim)) if spec.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.spec.eps)
+
+    def reset(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class NoNorm(Norm):

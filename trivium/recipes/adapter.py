@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -82,7 +83,7 @@ def inspect_adapter(path: str | Path) -> dict[str, Any]:
         "base": config.base_model_name_or_path,
         "base_digest": record.get("base"),
         "config": config.to_dict(),
-        "parameters": sum(row["parameters"] for row in maps),
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
         "maps": maps,
     }
 

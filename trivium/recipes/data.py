@@ -13,9 +13,9 @@ from ..data.prepare import prepare
 from ..io import directory, peft
 from ..io.gguf.family import to_hf
 from ..io.gguf.reader import open_gguf
-from ..io.pull import pull
 from ..text.prompt import Prompt
 from ..text.tokenizer import Tokenizer
+from .load import locate
 
 
 def bank(
@@ -56,7 +56,7 @@ def bank(
 
 def text_side(model: str | Path) -> tuple[Tokenizer, Prompt]:
     """The tokenizer and the prompt contract of what `load` would load, without its weights."""
-    path = Path(model) if Path(model).exists() and Path(model).suffix != ".whl" else pull(model).path
+    path = locate(model)
     if (path / peft.CONFIG).is_file() and not (path / directory.CONFIG).is_file():
         base = peft.read_config(path).base_model_name_or_path
         if base is None:

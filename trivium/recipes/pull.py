@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..core.log import log
-from ..io.directory import read_record
+from ..io.directory import CONFIG, read_record, weights_digest
 from ..io.pull import pull
-from .load import gguf_lineage, load
+from .load import gguf_lineage, load, locate
 
 
 def pull_model(name: str, *, out: str | Path | None = None, dtype: str | None = None, overwrite: bool = False) -> Path:
@@ -24,16 +25,20 @@ def pull_model(name: str, *, out: str | Path | None = None, dtype: str | None = 
 
 
 def convert(x: str | Path, out: str | Path, *, dtype: str | None = None, family: str | None = None, overwrite: bool = False) -> Path:
-    """Load `x` and write it as a model directory, in `dtype` (as stored; bf16 for a GGUF) and as `family` (its own)."""
-    out = Path(out)
-    if Path(x).is_file() and not overwrite:
-        record = read_record(out)
-        if record is not None and record.lineage == (gguf_lineage(Path(x), dtype),):
-            log.say(f"{out}: is there already, made from the same file")
-            return out
-    bundle = load(x, dtype=dtype)
-    bundle.save(out, family=family, overwrite=overwrite)
-    log.say(
-        f"{out}: written ({sum(p.numel() for p in bundle.model.parameters()):,} parameters, {str(bundle.model.dtype).removeprefix('torch.')})"
-    )
+    """Load `x` and write it as a model directory, in `dtype` (as stored; bf16 for a GGUF) and as `family` (its own).
+
+    Without `overwrite`, a directory that was made so from the same file or model directory is kept.
+    """
+    out, source = Path(out), locate(x)
+    step = None if source.is_file() else {"step": "convert", "dtype": dtype, "family": family}
+    if step is not None and (source / CONFIG).is_file():
+        step["weights"] = weights_digest(source)
+    record = None if overwrite else read_record(out)
+    if record is not None and record.lineage[-1:] == (step or gguf_lineage(source, dtype),):
+        log.say(f"{out}: is there already, made from the same {'file' if step is None else 'weights'}")
+        return out
+    bundle = load(source, dtype=dtype)
+    (bundle if step is None else replace(bundle, lineage=(*bundle.lineage, step))).save(out, family=family, overwrite=overwrite)
+    count, stored = sum(p.numel() for p in bundle.model.parameters()), str(bundle.model.dtype).removeprefix("torch.")
+    log.say(f"{out}: written ({count:,} parameters, {stored})")
     return out

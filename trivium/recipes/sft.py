@@ -91,7 +91,7 @@ def sft(config: SFT, *, bundle: Bundle | None = None) -> Run:
         config.adapter.apply(bundle.model)
         initialize_adapter(bundle.model, config.adapter.name, seed=config.train.seed)
     if not (out / CONFIG).exists():  # so that a run that is stopped can be gone on with by its config alone
-        _keep(config, out)
+        keep_config(config, out)
     done = fit(
         bundle.model.to(_dtype(config)),
         Batches([(train, 1)], seed=config.train.seed, rows=config.train.rows),
@@ -107,7 +107,7 @@ def sft(config: SFT, *, bundle: Bundle | None = None) -> Run:
             "adapter": None if config.adapter is None else config.adapter.to_dict(),
         },
     )
-    _keep(config, out)
+    keep_config(config, out)
     bundle.model.eval()
     return Run(path=_save(config, bundle, out), model=bundle.model, metrics=done.metrics)
 
@@ -181,7 +181,8 @@ def _dtype(config: SFT) -> torch.dtype:
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
-def _keep(config: SFT, out: Path) -> None:
+def keep_config(config: Spec, out: Path) -> None:
+    """Write the resolved config beside the run, where it runs it again."""
     out.mkdir(parents=True, exist_ok=True)
     with files.atomic_file(out / CONFIG) as sink:
         sink.write(configs.dump(config).encode())

@@ -122,7 +122,7 @@ def _against_gguf(bundle: Bundle, path: Path) -> Check:
         if part in heads:  # llama.cpp interleaves the rotary pairs of each head
             array = array.reshape(heads[part], -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
         mine = ours[tensor.name]
-        theirs = torch.from_numpy(np.ascontiguousarray(array)).to(mine.dtype)
+        theirs = torch.tensor(array).to(mine.dtype)
         largest = max(largest, (mine.float() - theirs.float()).abs().max().item())
         count += 1
     return Check(f"{count} tensors", "gguf package, dequantized", largest, 0.0, "largest absolute")

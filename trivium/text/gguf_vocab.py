@@ -109,7 +109,7 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int]) -> Tokenizer
 
 
 def _sentencepiece(metadata: Mapping[str, Any], vocab: dict[str, int], types: list[int]) -> Tokenizer:
-    scores = [float(score) for score in _need(metadata, "scores", object)]
+    scores = [float(score) for score in metadata.get("tokenizer.ggml.scores", ())]
     if len(scores) != len(vocab):
         raise FileError(f"tokenizer.ggml.scores: {len(scores)} scores for {len(vocab)} tokens")
     unknowns = [token for token, type in zip(vocab, types, strict=True) if type == UNKNOWN]

@@ -63,6 +63,10 @@ class Pieces:
             self._known[id] = self._bytes(id)
         return self._known[id]
 
+    def missing(self, id: Callable[[str], int | None]) -> frozenset[int]:
+        """The bytes that a byte-level vocabulary has no token for. `id` looks a token up."""
+        return frozenset(byte for char, byte in ALPHABET.items() if self._byte_level and id(char) is None)
+
     def _bytes(self, id: int) -> bytes:
         token = self._token(id)
         if token is None:

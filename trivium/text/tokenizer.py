@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +23,15 @@ from .stream import Pieces, StreamDecoder
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
+PARTS = ("normalizer", "pre_tokenizer")
+NO_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
     """A tokenizer: `vocab_size` ids, of which `special` never come from ordinary text; `added` are the tokens found before anything is split; `bos`, `eos`, `unk`, `pad` are ids or None.
 
+    `missing_bytes` have no token: like the model's own tokenizer this one leaves them out (SmolLM2 lacks six control characters).
     `add_bos` and `add_eos` are its habits for plain text. `config` is what tokenizer_config.json says, without a template.
     """
 
@@ -50,8 +54,10 @@ class Tokenizer:
         self.add_bos = bool(config.get("add_bos_token", before)) and self.bos is not None
         self.add_eos = bool(config.get("add_eos_token", after)) and self.eos is not None
         self._pieces = Pieces(_state(engine.decoder), token=engine.id_to_token, added=self.added, where=where)
+        self.missing_bytes = self._pieces.missing(self.id)
         self._has_prefix = _has_prefix(_state(engine.normalizer)) or _has_prefix(_state(engine.pre_tokenizer))
-        self._variants: dict[tuple[bool, frozenset[str]], tokenizers.Tokenizer] = {}
+        self._unwanted = self.special - {self.unk}  # what text makes by itself, at worst, is unknown
+        self._bares: dict[bool, tokenizers.Tokenizer] = {}
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -71,7 +77,7 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool | None = None, allow_special: bool = False) -> list[int]:
         """Ids of `text`. `bos` None follows the tokenizer's habit; a BOS that the text itself begins with is not added twice.
 
-        Special strings in the text are plain text unless `allow_special`.
+        Special strings in the text are plain text unless `allow_special`, each encoded apart from what stands around it.
         """
         ids = self._encode(text, allow_special=allow_special, prefix=True)
         bos = self.add_bos if bos is None else bos
@@ -88,7 +94,7 @@ class Tokenizer:
 
         With `markup` every added token is recognized, without it none is: then the text is nothing but text.
         """
-        encoding = self._variant(not rest, frozenset() if markup else frozenset(self.added.values())).encode(text, add_special_tokens=False)
+        encoding = (self._markup(not rest) if markup else self._bare(not rest)).encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -120,6 +126,10 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config, "clean_up_tokenization_spaces": False}
         (directory / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    def json(self) -> str:
+        """The engine as the text of a tokenizer.json, with everything that tokenizer_config.json declares."""
+        return self._engine.to_str()
+
     def digest(self) -> str:
         """SHA-256 of the canonical tokenizer.json and of the habits."""
         return self._digest
@@ -145,27 +155,42 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"a text holds half a surrogate pair at character {error.start}, which no encoding of Unicode has") from None
-        ids = self._variant(prefix, frozenset()).encode(text, add_special_tokens=False).ids
-        if allow_special or self.special.isdisjoint(ids):
+        ids = self._markup(prefix).encode(text, add_special_tokens=False).ids
+        if allow_special or self._unwanted.isdisjoint(ids):
             return ids
-        literal = frozenset(self.added[id] for id in self.special)
-        return self._variant(prefix, literal).encode(text, add_special_tokens=False).ids
+        ids, at = [], 0
+        for match in [*self._special_strings.finditer(text), None]:
+            between = text[at : match.start() if match else len(text)]
+            for piece, markup in ((between, True), (match[0] if match else "", False)):
+                found = self.spans(piece, rest=at > 0 or not prefix, markup=markup)[0]
+                ids += found if self._unwanted.isdisjoint(found) else self.spans(piece, rest=at > 0 or not prefix, markup=False)[0]
+                at += len(piece)
+        return ids
 
-    def _variant(self, prefix: bool, literal: frozenset[str]) -> tokenizers.Tokenizer:
-        """The engine without the prefix, or for which the added tokens `literal` are plain text; built when first needed."""
+    @cached_property
+    def _special_strings(self) -> re.Pattern[str]:
+        longest_first = sorted((self.added[id] for id in self._unwanted), key=lambda text: (-len(text), text))
+        return re.compile("|".join(map(re.escape, longest_first)))
+
+    def _markup(self, prefix: bool) -> tokenizers.Tokenizer:  # noqa: FBT001
+        """The engine that recognizes added tokens, with or without the prefix."""
+        return self._engine if prefix or not self._has_prefix else self._rest
+
+    @cached_property
+    def _rest(self) -> tokenizers.Tokenizer:
+        data = json.loads(self._engine.to_str())
+        return _parse(json.dumps({**data, **{part: _without_prefix(data[part]) for part in PARTS}}), where=self._where)
+
+    def _bare(self, prefix: bool) -> tokenizers.Tokenizer:  # noqa: FBT001
+        """The engine without added tokens, for which everything is text."""
         prefix = prefix or not self._has_prefix
-        if prefix and not literal:
-            return self._engine
-        if (prefix, literal) not in self._variants:
-            data = json.loads(self._engine.to_str())
-            for part in () if prefix else ("normalizer", "pre_tokenizer"):
-                data[part] = _without_prefix(data[part])
-            for token in data["added_tokens"]:
-                token["special"] = token["content"] in literal
-            engine = _parse(json.dumps(data), where=self._where)
-            engine.encode_special_tokens = True
-            self._variants[prefix, literal] = engine
-        return self._variants[prefix, literal]
+        if prefix not in self._bares:
+            states = {part: _state(getattr(self._engine, part)) for part in PARTS}
+            data = states if prefix else {part: _without_prefix(state) for part, state in states.items()}
+            bare = _parse(json.dumps({"version": "1.0", "added_tokens": [], **data, "model": NO_MODEL}), where=self._where)
+            bare.model = self._engine.model  # shared, not copied
+            self._bares[prefix] = bare
+        return self._bares[prefix]
 
 
 def _parse(text: str, *, where: str) -> tokenizers.Tokenizer:
