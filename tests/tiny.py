@@ -10,23 +10,30 @@ from trivium.core.seed import generator
 from trivium.core.spec import Part
 from trivium.models.block import Block
 from trivium.models.transformer import Transformer, TransformerModel, build
-from trivium.nn.activations import Activation
+from trivium.nn.activations import GELU, Activation, ReLU
 from trivium.nn.attention import Attention, Mixer
-from trivium.nn.embeddings import Embed
+from trivium.nn.embeddings import Embed, Tokens
 from trivium.nn.feedforward import FFN, MLP
 from trivium.nn.heads import Head, LMHead
-from trivium.nn.norms import RMS, Norm
+from trivium.nn.norms import RMS, Layer, Norm
 from trivium.nn.patterns import Pattern
 from trivium.nn.positions import Position, Rope, RopeScaling
+from trivium.nn.positions_absolute import Absolute
 from trivium.nn.residual import Residual
 
 VOCAB, DIM = 61, 24
-ROOTS = (Mixer, FFN, Norm, Activation, Position, RopeScaling, Pattern, Residual, Embed, Head)
+ROOTS = (Mixer, FFN, Norm, Activation, Position, RopeScaling, Pattern, Residual, Absolute, Embed, Head)
+FORMS: dict[str, Part] = {  # further forms of a part that take another path through it
+    "ffn-mlp-plain": MLP(hidden=40, activation=ReLU(), gated=False, bias=True),
+    "activation-gelu-exact": GELU(),
+    "activation-gelu-sigmoid": GELU(approximate="sigmoid"),
+    "norm-layer-without-bias": Layer(eps=1e-4, bias=False),
+}
 
 
 def parts() -> list[tuple[str, Part]]:
-    """Every registered part of a model, as (name, its tiny spec)."""
-    return [(f"{root.registry.what}-{name}", member.tiny()) for root in ROOTS for name, member in root.registry.items()]
+    """Every registered part of a model, as (name, its tiny spec), and further forms of some."""
+    return [(f"{root.registry.what}-{name}", member.tiny()) for root in ROOTS for name, member in root.registry.items()] + list(FORMS.items())
 
 
 def host(part: Part, *, causal: bool = True) -> Transformer:
@@ -51,6 +58,8 @@ def host(part: Part, *, causal: bool = True) -> Transformer:
             block["mixer"] = attention.replace(pattern=part)
         case Residual():
             block["residual"] = part
+        case Absolute():
+            model["embed"] = Tokens(positions=part)
         case Embed():
             model["embed"] = part
         case Head():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trivium.core.errors import FileError
-from trivium.io.rules import Drop, Rename, Split, Stack, Transpose, backward, forward, to_disk, to_ours
+from trivium.io.rules import Drop, Rename, Site, Split, Stack, Transpose, backward, forward, sites
 from trivium.io.tensors import Lazy
 
 RULES = [
@@ -15,6 +15,7 @@ RULES = [
     Drop("lm_head", same_as="model.embed"),
     Rename("model.layers.{i}.norm", "layers.{i}.norm"),
     Split("model.layers.{i}.qkv", ["layers.{i}.inp.q", "layers.{i}.inp.k", "layers.{i}.inp.v"], sizes=(4, 2, 2)),
+    Split("model.layers.{i}.kv", ["layers.{i}.inp.k2", "layers.{i}.inp.v2"], sizes=(3, 2), transposed=True),
     Transpose("model.layers.{i}.proj", "layers.{i}.out"),
     Stack([f"model.layers.{{i}}.experts.{j}.up" for j in range(3)], "layers.{i}.experts.up"),
 ]
@@ -34,6 +35,7 @@ def stored() -> dict[str, torch.Tensor]:
             f"model.layers.{i}.proj.bias": draw(5),
         }
         out |= {f"model.layers.{i}.qkv.weight": draw(8, 5), f"model.layers.{i}.qkv.bias": draw(8)}
+        out |= {f"model.layers.{i}.kv.weight": draw(4, 5), f"model.layers.{i}.kv.bias": draw(5)}
         out |= {f"model.layers.{i}.experts.{j}.up.weight": draw(6, 5) for j in range(3)}
     return out
 
@@ -48,8 +50,11 @@ def test_there_and_back_is_the_identity():
     assert {name.split(".", 2)[-1] for name in ours if name.startswith("layers.10.")} == {
         "norm.weight", "out.weight", "out.bias", "inp.q.weight", "inp.k.weight", "inp.v.weight",
         "inp.q.bias", "inp.k.bias", "inp.v.bias", "experts.up.weight",
+        "inp.k2.weight", "inp.v2.weight", "inp.k2.bias", "inp.v2.bias",
     }  # fmt: skip
     assert torch.equal(ours["layers.1.inp.k.weight"].load(), disk["model.layers.1.qkv.weight"][4:6])
+    assert torch.equal(ours["layers.1.inp.v2.weight"].load(), disk["model.layers.1.kv.weight"].T[3:])
+    assert torch.equal(ours["layers.1.inp.k2.bias"].load(), disk["model.layers.1.kv.bias"][:3])
     assert torch.equal(ours["layers.1.out.weight"].load(), disk["model.layers.1.proj.weight"].T)
     assert torch.equal(ours["layers.0.experts.up.weight"].load()[2], disk["model.layers.0.experts.2.up.weight"])
     for name, lazy in ours.items():
@@ -113,7 +118,11 @@ def test_dropped_copy_must_be_a_copy():
         forward(RULES, lazily(disk | copy))
 
 
-def test_module_names_follow_renames():
-    assert to_disk(RULES, "layers.12.norm") == "model.layers.12.norm"
-    assert to_ours(RULES, "model.layers.12.norm") == "layers.12.norm"
-    assert to_ours(RULES, "model.layers.12.qkv") is None and to_disk(RULES, "head") is None
+def test_modules_find_the_maps_on_disk_that_hold_them():
+    mine = ["layers.12.out", "layers.12.inp.v", "layers.12.inp.q", "layers.3.inp.k2", "embed", "layers.0.experts.up", "head"]
+    assert sites(RULES, mine) == {
+        "model.layers.12.proj": Site(("layers.12.out",), transposed=True),
+        "model.layers.12.qkv": Site(("layers.12.inp.q", "layers.12.inp.k", "layers.12.inp.v"), transposed=False),
+        "model.layers.3.kv": Site(("layers.3.inp.k2", "layers.3.inp.v2"), transposed=True),
+        "model.embed": Site(("embed",), transposed=False),
+    }

@@ -1,15 +1,5 @@
-"""Fixtures of the journeys: a tiny model directory, made once a session."""
+"""The toy model and the command line, for every test here."""
 
-from __future__ import annotations
+from tests.recipes.toys import toy, trivium
 
-from pathlib import Path
-
-import pytest
-
-from tests.journeys import toy
-
-
-@pytest.fixture(scope="session")
-def toy_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory; nothing may change it."""
-    return toy.write(tmp_path_factory.mktemp("toy") / "model")
+__all__ = ["toy", "trivium"]

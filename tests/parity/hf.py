@@ -13,6 +13,8 @@ import torch
 import transformers
 
 MODELS = {
+    "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+    "openai-gpt": (transformers.OpenAIGPTConfig, transformers.OpenAIGPTLMHeadModel),
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
 }

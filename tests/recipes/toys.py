@@ -1,15 +1,24 @@
-"""A toy model directory that everything can run on: a small Llama with a trained byte-level tokenizer and a ChatML template."""
+"""A toy model directory that everything can run on, and the command line in this process.
+
+The toy is a small Llama with a trained byte-level tokenizer and a ChatML template.
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tests.tiny import tiny
+from trivium import cli
 from trivium.io.hf import families
 from trivium.models import presets
 from trivium.recipes.demo_task import Split, examples, messages
@@ -61,3 +70,57 @@ def write_rows(path: Path, split: Split = "train", *, count: int = 12) -> Path:
     made = examples(split, seed=0, count=count)
     path.write_text("".join(json.dumps({"messages": messages(example)}, ensure_ascii=False) + "\n" for example in made))
     return path
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command did."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+class Trivium:
+    """The command line, in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+        self.capsys, self.monkeypatch = capsys, monkeypatch
+
+    def __call__(self, *tokens: str | Path, stdin: str = "") -> Done:
+        self.monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        self.capsys.readouterr()
+        status = cli.main([str(token) for token in tokens])
+        return Done(status, *self.capsys.readouterr())
+
+    def ok(self, *tokens: str | Path, stdin: str = "") -> Done:
+        """A command that must succeed."""
+        done = self(*tokens, stdin=stdin)
+        assert done.status == 0, done.err
+        return done
+
+    def refused(self, *tokens: str | Path, status: int = 1, stdin: str = "") -> str:
+        """A command that must fail with one clear error and no answer; returns the error."""
+        done = self(*tokens, stdin=stdin)
+        assert done.status == status and done.out == "", done
+        errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "Traceback" not in done.err, done.err
+        return errors[0]
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy model directory; not to be changed."""
+    return bundle().save(tmp_path_factory.mktemp("toy") / "toy")
+
+
+@pytest.fixture
+def trivium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Trivium:
+    """The command line, in an empty folder with a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRIVIUM_HOME", str(tmp_path / "cache"))
+    return Trivium(capsys, monkeypatch)

@@ -22,7 +22,6 @@ from ..nn.adapted import AdaptedLinear, LowRank, Sharing
 from ..nn.linear import Linear
 from .passes import Pass, linears, matches, replace_module, select
 
-
 N = TypeVar("N", int, float)
 
 

@@ -1,8 +1,9 @@
 """LoRA adapters in PEFT's layout, both ways: `adapter_config.json` and `adapter_model.safetensors`.
 
-The family's weight rules carry the names. Where the family fuses maps on disk, an adapter of the fused map is read as one A
-that ours share, and adapters of ours apart are written as one of the summed rank. `trivium_adapter.json` beside them records which base weights the adapter
-was trained on, which PEFT does not. What PEFT can say and we cannot (DoRA, saved modules, biases) is refused by name.
+The family's weight rules carry the names. Where the family fuses maps on disk, an adapter of the fused map is read as
+one A that ours share, and adapters of ours apart are written as one of the summed rank. `trivium_adapter.json` beside
+them records which base weights the adapter was trained on, which PEFT does not. What PEFT can say and we cannot (DoRA,
+saved modules, biases) is refused by name.
 """
 
 from __future__ import annotations

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ..core.registry import Registry
+from ..nn.activations import GELU
 from ..nn.attention import Attention
+from ..nn.embeddings import Tokens
 from ..nn.feedforward import MLP
 from ..nn.heads import LMHead
-from ..nn.norms import RMS
+from ..nn.norms import RMS, Layer, NoNorm
 from ..nn.patterns import Full, Window
 from ..nn.positions import Rope
+from ..nn.positions_absolute import Learned
 from .block import Block
-from .transformer import Transformer
+from .transformer import Transformer, expand_layers
 
 presets: Registry[Callable[[], Transformer]] = Registry("preset", "trivium.models")
 
@@ -39,6 +42,87 @@ def llama(
         final_norm=RMS(eps=eps),
         context=context,
     )
+
+
+def gpt(
+    *, dim: int, layers: str, heads: int, vocab: int, context: int, windows: Mapping[str, int | None], post: bool = False,
+    eps: float = 1e-5, dropout: float = 0.1,
+) -> Transformer:  # fmt: skip
+    """The shape of GPT-1 (`post`) and GPT-2: learned positions, layer norms, a plain GELU mlp of 4 times the width, biases,
+    tied head. `windows` says how far back each kind of layer looks (None: all the way)."""
+    norm = Layer(eps=eps)
+    blocks = {}
+    for name, window in windows.items():
+        attention = Attention(
+            heads=heads,
+            kv_heads=heads,
+            head_dim=dim // heads,
+            bias=("q", "k", "v", "out"),
+            pattern=Full() if window is None else Window(size=window),
+            dropout=dropout,
+        )
+        mlp = MLP(hidden=4 * dim, activation=GELU(approximate="tanh"), gated=False, bias=True)
+        blocks[name] = Block(mixer=attention, ffn=mlp, norm=norm, norm_at="post" if post else "pre", dropout=dropout)
+    return Transformer(
+        dim=dim,
+        vocab=vocab,
+        layers=expand_layers(layers),
+        blocks=blocks,
+        embed=Tokens(positions=Learned(size=context), dropout=dropout),
+        head=LMHead(tied=True),
+        final_norm=NoNorm() if post else norm,
+        context=context,
+    )
+
+
+def gpt2(*, dim: int, layers: int, heads: int) -> Transformer:
+    """One of GPT-2's sizes, as published."""
+    return gpt(dim=dim, layers=f"{layers}*layer", heads=heads, vocab=50257, context=1024, windows={"layer": None})
+
+
+def gpt3(*, dim: int, layers: int, heads: int) -> Transformer:
+    """One of GPT-3's sizes (arXiv:2005.14165): GPT-2's layers, dense and locally banded by turns. The paper does not say how
+    wide a band is: 256 is GPT-Neo's."""
+    turns = f"{layers // 2}*(dense banded)"
+    return gpt(dim=dim, layers=turns, heads=heads, vocab=50257, context=2048, windows={"dense": None, "banded": 256}, dropout=0.0)
+
+
+@presets.register("gpt1")
+def gpt1() -> Transformer:
+    """GPT-1, 117M parameters (Radford et al. 2018)."""
+    return gpt(dim=768, layers="12*layer", heads=12, vocab=40478, context=512, windows={"layer": None}, post=True)
+
+
+@presets.register("gpt2")
+def gpt2_small() -> Transformer:
+    """GPT-2, 124M parameters (Radford et al. 2019)."""
+    return gpt2(dim=768, layers=12, heads=12)
+
+
+@presets.register("gpt2-medium")
+def gpt2_medium() -> Transformer:
+    return gpt2(dim=1024, layers=24, heads=16)
+
+
+@presets.register("gpt2-large")
+def gpt2_large() -> Transformer:
+    return gpt2(dim=1280, layers=36, heads=20)
+
+
+@presets.register("gpt2-xl")
+def gpt2_xl() -> Transformer:
+    return gpt2(dim=1600, layers=48, heads=25)
+
+
+@presets.register("gpt3-175b")
+def gpt3_175b() -> Transformer:
+    return gpt3(dim=12288, layers=96, heads=96)
+
+
+@presets.register("tiny-gpt2")
+def tiny_gpt2() -> Transformer:
+    """A few thousand parameters, for tests."""
+    return gpt(dim=32, layers="2*layer", heads=4, vocab=97, context=64, windows={"layer": None})
 
 
 @presets.register("tiny-llama")

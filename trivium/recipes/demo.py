@@ -136,7 +136,8 @@ class _Demo:
         path = self.out / "results" / f"{name}.json"
         with_adapter = f" --adapter {adapter}" if adapter else ""
         self.ran(
-            f"trivium eval run --model {base}{with_adapter} --task.kind generate --task.scorer json --task.data {data['test']} --out {path}"
+            f"trivium eval run --model {base}{with_adapter} --task.kind generate --task.scorer json --task.sampling.max_tokens 96 --batch 32 "
+            f"--task.data {data['test']} --out {path}"
         )
         task = Generate(data=(str(data["test"]),), scorer=Json(), sampling=Sampling(temperature=0, max_tokens=96))
         config = evaluation.Eval(model=str(base), adapter=None if adapter is None else str(adapter), task=task, out=str(path), batch=32)
@@ -187,7 +188,7 @@ class _Demo:
 
     def merge(self, base: Path, adapter: Path, data: Mapping[str, Path]) -> Path:
         out = self.out / "model"
-        self.ran(f"trivium adapter merge {adapter} --out {out}")
+        self.ran(f"trivium adapter merge {adapter} --base {base} --out {out} --overwrite")
         bundle = load(base, adapter=adapter)
         probe = bundle.prompt.generation(messages(examples("test", seed=self.config.seed, count=1)[0])[:-1])
         self.facts["merge"] = asdict(merge_into(bundle, out, tolerance=self.config.tolerance, probe=probe, overwrite=True))

@@ -1,13 +1,15 @@
-"""From a name to a model directory: fetch, and turn a GGUF file into Hugging Face's layout."""
+"""From a name to a model directory or a GGUF file: fetch, and turn one into the other."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+from ..core.errors import ConfigError
 from ..core.log import log
 from ..io.directory import CONFIG, read_record, weights_digest
 from ..io.pull import pull
+from .gguf import export_gguf
 from .load import gguf_lineage, load, locate
 
 
@@ -27,9 +29,14 @@ def pull_model(name: str, *, out: str | Path | None = None, dtype: str | None = 
 def convert(x: str | Path, out: str | Path, *, dtype: str | None = None, family: str | None = None, overwrite: bool = False) -> Path:
     """Load `x` and write it as a model directory, in `dtype` (as stored; bf16 for a GGUF) and as `family` (its own).
 
-    Without `overwrite`, a directory that was made so from the same file or model directory is kept.
+    Without `overwrite`, a directory that was made so from the same file or model directory is kept. An `out` that ends in
+    .gguf becomes a GGUF file instead: see `export_gguf`.
     """
     out, source = Path(out), locate(x)
+    if out.suffix == ".gguf":
+        if family is not None:
+            raise ConfigError(f"{out}: a GGUF file has an architecture of its own and takes no family ({family})", field="family")
+        return export_gguf(source, out, dtype=dtype, overwrite=overwrite)
     step = None if source.is_file() else {"step": "convert", "dtype": dtype, "family": family}
     if step is not None and (source / CONFIG).is_file():
         step["weights"] = weights_digest(source)

@@ -3,7 +3,7 @@
 Names stand in two tables of values, readable in both directions. llama.cpp stores q and k with rotary pairs interleaved;
 the rows are put back while still packed. Numbers stored as float32 become the shortest decimal that reads back as the same
 float32. Every metadata key and every tensor is read, known to say nothing new, or refused by name. Architecture `llama`
-(SmolLM2, Llama 2 and 3, Mistral in GGUF form) is read; writing is left out.
+(SmolLM2, Llama 2 and 3, Mistral in GGUF form) is read here, and written by `export`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ ARCHITECTURES = {
 CARRIED = ("general.", "tokenizer.", "quantize.", "split.")  # keys about the file, its making and its vocabulary
 SAYS_NOTHING = ("rope.scaling.finetuned", "tensor_data_layout")
 ROPE_FACTORS = "rope_freqs.weight"
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # as every release has them
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # as every release has them
 _EOS = ("eos", "eot", "eom")  # the tokens that end a text, a turn, a message
 _STORED = {"F16": torch.float16, "BF16": torch.bfloat16}  # all other types come as float32
 
@@ -274,11 +274,11 @@ def _rope(reading: _Reading, *, theta: float, head_dim: int) -> dict[str, Any]:
     if factors.shape == (head_dim // 2,) and not linear:
         if (factors == 1).all():
             return rope
-        llama3 = _LLAMA3 | {"factor": float(str(factors.max()))} | ({"original_max_position_embeddings": context} if context else {})
+        llama3 = LLAMA3 | {"factor": float(str(factors.max()))} | ({"original_max_position_embeddings": context} if context else {})
         if np.allclose(factors, llama3_factors(llama3, theta=theta, head_dim=head_dim), rtol=2e-5, atol=0):
             reading.notes.append(f"{ROPE_FACTORS}: equals Llama 3's scaling with {_listed(llama3)}")
             return rope | {"rope_type": "llama3"} | llama3
-    raise reading.fail(f"{ROPE_FACTORS} does not hold Llama 3's factors ({_listed(_LLAMA3)}), so no config can say what it does")
+    raise reading.fail(f"{ROPE_FACTORS} does not hold Llama 3's factors ({_listed(LLAMA3)}), so no config can say what it does")
 
 
 def _listed(values: Mapping[str, float]) -> str:

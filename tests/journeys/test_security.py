@@ -1,0 +1,133 @@
+"""Promises of SECURITY.md that belong to the whole library: no code from models, one renderer, one door to the network, no tokens shown."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import trivium as tv
+from trivium import cli
+from trivium.core.errors import TriviumError
+
+PACKAGE = Path(tv.__file__).parent
+SECRET = "hf_thisMustNeverBeShown"
+
+UNSAFE = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "code"}
+RUNS = {"eval", "exec", "compile", "__import__"}
+NETWORK = {"socket", "ssl", "http", "urllib", "ftplib", "smtplib", "requests", "httpx", "aiohttp", "urllib3", "huggingface_hub"}
+
+
+def trees() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """The top packages that a module imports, wherever in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module).partition(".")[0])
+    return found
+
+
+def test_the_library_has_no_way_to_run_files():
+    for name, tree in trees():
+        assert not imported(tree) & UNSAFE, name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in RUNS, f"{name}:{node.lineno}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
+                assert ast.unparse(node.func) not in ("torch.load", "np.load", "numpy.load", "yaml.load") or _plain(node), f"{name}:{node.lineno}"
+            assert not (isinstance(node, ast.keyword) and node.arg == "trust_remote_code"), name
+
+
+def _plain(call: ast.Call) -> bool:
+    """numpy's `load` takes no pickles unless it is told to."""
+    return ast.unparse(call.func) in ("np.load", "numpy.load") and all(
+        word.arg != "allow_pickle" or ast.unparse(word.value) == "False" for word in call.keywords
+    )
+
+
+def test_templates_are_rendered_in_one_place():
+    assert [name for name, tree in trees() if "jinja2" in imported(tree)] == sorted(
+        [
+            "recipes/report.py",  # our own template
+            "recipes/verify.py",  # the independent side, after the renderer has let the template pass
+            "text/probe.py",
+            "text/template.py",
+        ]
+    )
+
+
+def test_only_pulling_reaches_the_network():
+    assert {name for name, tree in trees() if imported(tree) & NETWORK} == {"io/pull.py"}
+
+
+def test_code_beside_a_model_is_never_run(toy_model, tmp_path):
+    model, mark = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(toy_model, model)
+    evil = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
+    for name in ("modeling_toy.py", "configuration_toy.py", "tokenization_toy.py", "__init__.py", "setup.py", "conftest.py"):
+        (model / name).write_text(evil)
+    code = compile(evil, "evil", "exec")
+    torch.save({"weight": _Touches(str(mark))}, model / "pytorch_model.bin")
+    assert code is not None
+    config = json.loads((model / "config.json").read_text())
+    (model / "trivium.json").unlink()
+    (model / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "modeling_toy.Toy"}}))
+    with pytest.raises(TriviumError, match="auto_map"):
+        tv.load(model)
+    assert tv.load(model, allow_unknown=["auto_map"]).chat("hi").ids  # type: ignore[attr-defined]
+    (model / "model.safetensors").unlink()
+    with pytest.raises(TriviumError, match="pickles"):
+        tv.load(model, allow_unknown=["auto_map"])
+    assert not mark.exists()
+    torch.load(model / "pytorch_model.bin", weights_only=False)
+    assert mark.exists(), "the trap itself must work"
+
+
+class _Touches:
+    """Unpickling this makes a file."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+def test_access_tokens_are_never_shown(toy_model, tmp_path, monkeypatch, capsys):
+    """Not by commands that succeed, that fail, or that are debugged; and in no file that they leave."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("TRIVIUM_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+    model = str(toy_model)
+    for words, status in [
+        (["doctor", "--quick", "--json"], 0),
+        (["inspect", model], 0),
+        (["sft", "--model", model, "--data", "rows.jsonl", "--out", "run", "--train.steps", "1"], 0),
+        (["eval", "run", "--model", model, "--task.kind", "generate", "--task.data", "rows.jsonl", "--out", "result.json"], 0),
+        (["pull", "someone/private-model"], 1),
+    ]:
+        assert cli.main(words) == status, words
+        shown = capsys.readouterr()
+        assert SECRET not in shown.out + shown.err
+    with pytest.raises(TriviumError) as error:
+        cli.main(["pull", "someone/private-model", "--debug"])
+    chain = error.value
+    while chain is not None:
+        assert SECRET not in f"{chain!s} {chain!r}"
+        chain = chain.__cause__ or chain.__context__
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(left) > 5 and not [path for path in left if SECRET.encode() in path.read_bytes()]
