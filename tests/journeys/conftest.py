@@ -1,4 +1,6 @@
-"""The toy model and the command line, for every test here."""
+"""Fixtures of the journeys: a toy model directory, made once a session, and the command line in this process."""
+
+from __future__ import annotations
 
 from tests.recipes.toys import toy, trivium
 

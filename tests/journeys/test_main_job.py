@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.recipes.toys import Trivium, write_rows
+from trivium.infer.sampling import Sampling
 from trivium.recipes.load import load
 from trivium.train import history
 
@@ -72,16 +73,10 @@ def test_a_model_comes_in_learns_and_goes_out(trivium: Trivium, toy: Path, tmp_p
     assert [step["step"] for step in load("small").lineage] == ["convert", "merge", "convert"]
 
     said = trivium.ok("chat", "merged", "--max_tokens", "9", stdin="JSON: Order. 3 red chairs.\n")
-    assert said.out == load("run/adapter").chat("JSON: Order. 3 red chairs.", sampling=load_greedy(9)).text + "\n"
+    assert said.out == load("run/adapter").chat("JSON: Order. 3 red chairs.", sampling=Sampling(temperature=0, max_tokens=9)).text + "\n"
     assert "9 written" in said.err and "tokens/s" in said.err
     text = trivium.ok("generate", "merged", "--max-tokens", "5", "--json", stdin="New order").json
     assert len(text["ids"]) == 5 and text["finish_reason"] == "length"
-
-
-def load_greedy(tokens: int):
-    from trivium.infer.sampling import Sampling
-
-    return Sampling(temperature=0, max_tokens=tokens)
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on_bit_for_bit(trivium: Trivium, toy: Path, tmp_path: Path, monkeypatch):

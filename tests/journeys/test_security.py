@@ -19,7 +19,7 @@ PACKAGE = Path(tv.__file__).parent
 SECRET = "hf_thisMustNeverBeShown"
 
 UNSAFE = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "code"}
-RUNS = {"eval", "exec", "compile", "__import__"}
+RUNS = {"eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
 NETWORK = {"socket", "ssl", "http", "urllib", "ftplib", "smtplib", "requests", "httpx", "aiohttp", "urllib3", "huggingface_hub"}
 
 
@@ -43,44 +43,28 @@ def test_the_library_has_no_way_to_run_files():
     for name, tree in trees():
         assert not imported(tree) & UNSAFE, name
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                assert node.func.id not in RUNS, f"{name}:{node.lineno}"
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load":
-                assert ast.unparse(node.func) not in ("torch.load", "np.load", "numpy.load", "yaml.load") or _plain(node), f"{name}:{node.lineno}"
             assert not (isinstance(node, ast.keyword) and node.arg == "trust_remote_code"), name
-
-
-def _plain(call: ast.Call) -> bool:
-    """numpy's `load` takes no pickles unless it is told to."""
-    return ast.unparse(call.func) in ("np.load", "numpy.load") and all(
-        word.arg != "allow_pickle" or ast.unparse(word.value) == "False" for word in call.keywords
-    )
+            if isinstance(node, ast.Call):
+                called, options = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert called not in RUNS and options.get("allow_pickle", "False") == "False", f"{name}:{node.lineno}: {called}"
 
 
 def test_templates_are_rendered_in_one_place():
-    assert [name for name, tree in trees() if "jinja2" in imported(tree)] == sorted(
-        [
-            "recipes/report.py",  # our own template
-            "recipes/verify.py",  # the independent side, after the renderer has let the template pass
-            "text/probe.py",
-            "text/template.py",
-        ]
-    )
+    """Besides the renderer, our own report's template, and `verify`, which compares with jinja2 on a conversation of ours."""
+    assert [name for name, tree in trees() if "jinja2" in imported(tree)] == ["recipes/report.py", "recipes/verify.py", "text/template.py"]
 
 
 def test_only_pulling_reaches_the_network():
     assert {name for name, tree in trees() if imported(tree) & NETWORK} == {"io/pull.py"}
 
 
-def test_code_beside_a_model_is_never_run(toy_model, tmp_path):
+def test_code_beside_a_model_is_never_run(toy, tmp_path):
     model, mark = tmp_path / "model", tmp_path / "ran"
-    shutil.copytree(toy_model, model)
+    shutil.copytree(toy, model)
     evil = f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n"
     for name in ("modeling_toy.py", "configuration_toy.py", "tokenization_toy.py", "__init__.py", "setup.py", "conftest.py"):
         (model / name).write_text(evil)
-    code = compile(evil, "evil", "exec")
     torch.save({"weight": _Touches(str(mark))}, model / "pytorch_model.bin")
-    assert code is not None
     config = json.loads((model / "config.json").read_text())
     (model / "trivium.json").unlink()
     (model / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "modeling_toy.Toy"}}))
@@ -105,14 +89,14 @@ class _Touches:
         return (Path.touch, (Path(self.path),))
 
 
-def test_access_tokens_are_never_shown(toy_model, tmp_path, monkeypatch, capsys):
+def test_access_tokens_are_never_shown(toy, tmp_path, monkeypatch, capsys):
     """Not by commands that succeed, that fail, or that are debugged; and in no file that they leave."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, SECRET)
     monkeypatch.setenv("TRIVIUM_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
-    model = str(toy_model)
+    model = str(toy)
     for words, status in [
         (["doctor", "--quick", "--json"], 0),
         (["inspect", model], 0),

@@ -104,7 +104,7 @@ def test_gpt2_and_default_rules_split_as_their_patterns_say() -> None:
     for text in (ODD, "It's  12345, $x<=y!?\n"):
         assert pieces("gpt-2", text) == [piece for piece, _ in own.pre_tokenize_str(text)]
     assert pieces("default", "a$1234 b") == ["a", "$", "123", "4", "Ġb"]
-    assert set(PRE) == {"default", "gpt-2", "smollm", *NAMES.values()}
+    assert set(PRE) == {"default", "gpt-2", "smollm", "smaug-bpe", "stablelm2", *NAMES.values()}
 
 
 def _trained(*, prefix: bool, symbols: list[str]) -> tuple[sentencepiece.SentencePieceProcessor, dict[str, Any]]:

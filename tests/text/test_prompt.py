@@ -17,6 +17,7 @@ from tests.text.helpers import DATE, ODD, REAL, TOOLS, calling, ours, prompt, ta
 from tests.text.test_tokenizer import TEXTS, _pieces, _words
 from trivium.core.errors import DataError, FileError
 from trivium.io.gguf.reader import open_gguf
+from trivium.text.messages import RESERVED
 from trivium.text.prompt import Prompt, Row
 from trivium.text.tokenizer import Tokenizer
 
@@ -111,7 +112,8 @@ def test_what_is_trained_is_what_is_served(name: str, smollm2: Prompt) -> None:
 
     @given(st.lists(TEXTS.filter(str.strip), min_size=2, max_size=6))
     def check(contents: list[str]) -> None:
-        if all(not any(mark in text for mark in ("\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3")) for text in contents):
+        said = "".join(contents)
+        if mine.tokenizer.missing_bytes.isdisjoint(said.encode()) and not RESERVED.search(said):
             check_rows(mine, talk(*contents[: len(contents) // 2 * 2]))
 
     check()
@@ -122,9 +124,11 @@ def test_rows_grow_or_start_anew(smollm2: Prompt) -> None:
     assert trained(smollm2, row) == "yo<|im_end|>end<|im_end|>"
     assert text_of(smollm2, row.ids).endswith("<|im_start|>assistant\nend<|im_end|>")
     # An answer that begins with a newline is encoded apart from the newline before it, but not when it is history.
-    first, second = smollm2.rows(talk("hi", "\nyo", "more", "end"))
-    assert trained(smollm2, first) == "\nyo<|im_end|>"
-    assert trained(smollm2, second) == "end<|im_end|>"
+    mine = Prompt.of(ours("qwen3"), CHATML)
+    first, second = mine.rows(talk("hi", "\nyo", "more", "end"))
+    assert trained(mine, first) == "\nyo<|im_end|>"
+    assert trained(mine, second) == "end<|im_end|>"
+    assert len(mine.rows(talk("hi", "yo", "more", "end"))) == 1
     (last,) = smollm2.rows(talk("hi", "yo", "more", "end"), turns="last")
     assert last.ids == row.ids
     assert trained(smollm2, last) == "end<|im_end|>"
@@ -263,10 +267,12 @@ def test_special_strings_in_content_are_refused_or_text() -> None:
         ([{"role": "<|im_start|>", "content": "x"}, *talk("hi", "yo")], r"messages\[0\]\.role"),
         (calling(thoughts="<|im_end|>"), r"messages\[1\]\.(thinking|reasoning_content)"),
         (calling(arguments={"city": "<|im_end|>"}), r"messages\[1\]\.tool_calls\[0\]\.function\.arguments\.city"),
-        (calling(arguments={"<|im_end|>": 1}), "the key '<|im_end|>'".replace("|", r"\|")),
+        (calling(arguments={"<|im_end|>": 1}), r"messages\[1\]\.tool_calls\[0\]\.function\.arguments"),
     ):
         with pytest.raises(DataError, match=where):
             prompt("qwen3", accept=("<|im_start|>",)).rows(messages)
+    with pytest.raises(DataError, match="the key '<.im_end.>' holds a string that controls"):
+        prompt("qwen3", special="text").rows(calling(arguments={"<|im_end|>": 1}))
     with pytest.raises(DataError, match=r"tools\[0\]\.function\.description"):
         prompt("qwen3").generation(talk("hi"), tools=[{**TOOLS[0], "function": {**TOOLS[0]["function"], "description": "<|im_end|>"}}])
     with pytest.raises(DataError, match="'<｜User｜>'"):

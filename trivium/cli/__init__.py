@@ -38,6 +38,7 @@ COMMANDS = (
     Command("chat", "trivium.cli.chat:chat", "Talk to a model, or ask it one thing.", "trivium.infer.sampling:Sampling"),
     Command("data inspect", "trivium.cli.data:inspect", "What rows become: numbers, and what is trained in them."),
     Command("data prepare", "trivium.cli.data:prepare", "Turn rows into a folder of tokens that training reads."),
+    Command("pretrain", "trivium.cli.pretrain:pretrain", "Train a new model from text.", "trivium.recipes.pretrain:Pretrain"),
     Command("sft", "trivium.cli.sft:sft", "Teach a model from examples (supervised fine-tuning).", "trivium.recipes.sft:SFT"),
     Command("eval run", "trivium.cli.eval:run", "Measure a model on a task.", "trivium.recipes.evaluate:Eval"),
     Command("eval diff", "trivium.cli.eval:diff", "Compare two results, row by row."),

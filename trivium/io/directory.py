@@ -128,7 +128,9 @@ def read(
     fill(model, tensors, dtype=None if dtype is None else devices.dtype(dtype), device=devices.device(device))
     if record is not None and edits:
         kept = tuple(sorted(allowed & set(rest)))
-        _write_record(path, record.replace(version=__version__, spec=spec, allowed=kept, files=_marks(path, {})))
+        prompt = {name: value for name, value in record.prompt.items() if name != "template"}  # that hash went with the edit
+        record = record.replace(version=__version__, spec=spec, allowed=kept, prompt=prompt, files=_marks(path, {}))
+        _write_record(path, record)
     prompt, lineage = (record.prompt, record.lineage) if record else ({}, ())
     return Loaded(model.eval(), path, str(config["model_type"]), config, rest, prompt, lineage)
 

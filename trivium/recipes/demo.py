@@ -155,7 +155,7 @@ class _Demo:
             return None
         result, _ = load_result(path)
         same = result.hashes["weights"] == bundle.weights() and result.hashes[f"data/{data.name}"] == files.sha256(data)
-        if not same or dict(result.task) != json.loads(json.dumps(task.to_dict(defaults=True))):
+        if not same or result.to_dict()["task"] != task.to_dict(defaults=True):
             return None
         log.say("  measured before, with the same weights, task and data")
         return result

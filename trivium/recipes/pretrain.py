@@ -103,6 +103,18 @@ def pretrain(config: Pretrain) -> Run:
     return Run(path=out / "model", model=bundle.model, metrics=done.metrics)
 
 
+def plan(config: Pretrain) -> dict[str, int]:
+    """What `pretrain` would do: steps, tokens and parameters. Raises what it raises before its first step."""
+    bundle = new(config)
+    found = inspect(bank(config.data, bundle.prompt, length=config.length))
+    steps = config.train.steps or -(-int(config.train.epochs * found.bins) // config.train.rows)
+    return {
+        "parameters": sum(parameter.numel() for parameter in bundle.model.parameters()),
+        "steps": steps,
+        "tokens": round(steps * config.train.rows / found.bins * found.tokens),
+    }
+
+
 def new(config: Pretrain) -> Bundle:
     """The model that `config` says, freshly drawn, with its text side."""
     tokenizer = Tokenizer.load(config.tokenizer)
@@ -128,7 +140,9 @@ def shape(config: Pretrain, tokenizer: Tokenizer) -> Transformer:
         return presets.get(config.preset, field="preset")().replace(vocab=tokenizer.vocab_size)
     if config.model.vocab < tokenizer.vocab_size:
         raise ConfigError(
-            f"model.vocab: {config.model.vocab} rows for a tokenizer of {tokenizer.vocab_size} tokens", field="model.vocab", value=config.model.vocab
+            f"model.vocab: {config.model.vocab} rows for a tokenizer of {tokenizer.vocab_size} tokens",
+            field="model.vocab",
+            value=config.model.vocab,
         )
     return config.model
 
@@ -144,7 +158,9 @@ def family_of(spec: Transformer) -> str:
     return NATIVE
 
 
-def _measured(config: Pretrain, bundle: Bundle, loss: Callable[[nn.Module], dict[str, float]]) -> Callable[[nn.Module], Mapping[str, float]]:
+def _measured(
+    config: Pretrain, bundle: Bundle, loss: Callable[[nn.Module], dict[str, float]]
+) -> Callable[[nn.Module], Mapping[str, float]]:
     """Validation: the loss; the best model so far is kept, and completes the samples."""
     out = Path(config.out)
     before = [row["validation"]["loss"] for row in history.read(out) if "validation" in row]

@@ -147,7 +147,7 @@ def train(
 ) -> Trained:
     """A byte-level BPE tokenizer of at most `size` tokens: `special` first, the 256 bytes, then merges.
 
-    The first special token ends a text (and begins none). Raises `ConfigError` for a size with no room for the bytes.
+    The first special token begins and ends a text. Raises `ConfigError` for a size with no room for the bytes.
     """
     alphabet = sorted(byte_alphabet())
     if size < len(special) + len(alphabet):
@@ -168,5 +168,9 @@ def build(merges: Sequence[tuple[str, str]], *, split: str, special: Sequence[st
     engine.pre_tokenizer = pre_tokenizer(split)
     engine.decoder = tokenizers.decoders.ByteLevel()
     engine.add_special_tokens(list(special))
-    config = {"eos_token": special[0], "add_eos_token": True} if special else {}
+    config: dict[str, object] = {}
+    if special:  # one token stands before and after each document, as in GPT-2's training text
+        end = special[0]
+        engine.post_processor = tokenizers.processors.TemplateProcessing(single=f"{end} $A", special_tokens=[(end, vocab[end])])
+        config = {"bos_token": end, "eos_token": end, "add_bos_token": True, "add_eos_token": True}
     return Tokenizer(engine, config, where="trained tokenizer")

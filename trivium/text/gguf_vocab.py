@@ -36,7 +36,9 @@ PRE: dict[str, tuple[str, ...]] = {
     "gpt-2": (_GPT2,),
     "smollm": (r"\p{N}", _GPT2),
     "llama-bpe": (_WORDS % "{1,3}",),
+    "smaug-bpe": (_WORDS % "{1,3}",),  # the same, but merges alone decide
     "qwen2": (_WORDS % "",),
+    "stablelm2": (_WORDS % "",),  # the same, but text is taken as it is
     "deepseek-v3": (r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+", _DEEPSEEK),
     "gpt-4o": (_GPT4O,),
 }

@@ -23,7 +23,6 @@ from .stream import Pieces, StreamDecoder
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
-PARTS = ("normalizer", "pre_tokenizer")
 NO_MODEL = {"type": "BPE", "vocab": {}, "merges": []}
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -179,14 +178,15 @@ class Tokenizer:
     @cached_property
     def _rest(self) -> tokenizers.Tokenizer:
         data = json.loads(self._engine.to_str())
-        return _parse(json.dumps({**data, **{part: _without_prefix(data[part]) for part in PARTS}}), where=self._where)
+        parts = {part: _without_prefix(data[part]) for part in ("normalizer", "pre_tokenizer")}
+        return _parse(json.dumps({**data, **parts}), where=self._where)
 
     def _bare(self, prefix: bool) -> tokenizers.Tokenizer:  # noqa: FBT001
         """The engine without added tokens, for which everything is text."""
         prefix = prefix or not self._has_prefix
         if prefix not in self._bares:
-            states = {part: _state(getattr(self._engine, part)) for part in PARTS}
-            data = states if prefix else {part: _without_prefix(state) for part, state in states.items()}
+            parts = {"normalizer": _state(self._engine.normalizer), "pre_tokenizer": _state(self._engine.pre_tokenizer)}
+            data = parts if prefix else {part: _without_prefix(state) for part, state in parts.items()}
             bare = _parse(json.dumps({"version": "1.0", "added_tokens": [], **data, "model": NO_MODEL}), where=self._where)
             bare.model = self._engine.model  # shared, not copied
             self._bares[prefix] = bare

@@ -1,0 +1,1 @@
+"""Native kernels: tensors in and out, nothing of the house imported."""
