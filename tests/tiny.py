@@ -33,7 +33,9 @@ FORMS: dict[str, Part] = {  # further forms of a part that take another path thr
 
 def parts() -> list[tuple[str, Part]]:
     """Every registered part of a model, as (name, its tiny spec), and further forms of some."""
-    return [(f"{root.registry.what}-{name}", member.tiny()) for root in ROOTS for name, member in root.registry.items()] + list(FORMS.items())
+    return [(f"{root.registry.what}-{name}", member.tiny()) for root in ROOTS for name, member in root.registry.items()] + list(
+        FORMS.items()
+    )
 
 
 def host(part: Part, *, causal: bool = True) -> Transformer:

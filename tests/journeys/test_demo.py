@@ -12,7 +12,7 @@ import pytest
 from tests.recipes.toys import Done, Trivium
 
 TOY = ("--train_rows", "24", "--test_rows", "4", "--length", "256", "--adapter.rank", "4")
-VOID = {"meta", "line", "polyline", "br"}
+VOID = {"meta"}
 
 
 class Page(HTMLParser):
@@ -29,6 +29,10 @@ class Page(HTMLParser):
             self.open.append(tag)
         self.outside += [f"{tag} {name}={value}" for name, value in attrs if name in ("src", "href", "action", "data", "srcset")]
         self.outside += [tag] if tag in ("script", "link", "iframe", "img", "object", "embed") else []
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.open.pop()
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag

@@ -43,7 +43,7 @@ def test_what_is_not_there(trivium: Trivium, toy: Path, tmp_path: Path, command:
     ("command", "said"),
     [
         ("sft --config nowhere.yaml", "nowhere.yaml: No such file"),
-        ("sft --config bad.yaml", "bad.yaml:2: not valid YAML"),
+        ("sft --config bad.yaml", "bad.yaml:3: not valid YAML"),
         ("sft --config odd.yaml", "odd.yaml:2"),
         ("sft --data rows.jsonl --optim.lr fast", "optim.lr"),
         ("sft --data rows.jsonl --optim.kind adamx", "did you mean 'adamw'?"),
@@ -52,7 +52,7 @@ def test_what_is_not_there(trivium: Trivium, toy: Path, tmp_path: Path, command:
         ("sft", "data"),
         ("eval run --task.kind perplexity", "task.data"),
         ("eval run --task.kind perplexity --task.data x --out result.txt", "out"),
-        ("eval rum", "Did you mean \"run\"?"),
+        ("eval rum", 'Did you mean "run"?'),
         ("generate", "name a model"),
         ("generate {toy} a b", "put the text in quotes"),
         ("generate {toy} hello --temperature -1", "temperature"),
@@ -72,14 +72,14 @@ def test_what_cannot_be_meant(trivium: Trivium, toy: Path, tmp_path: Path, comma
 
 
 ROWS = {
-    "not JSON": ('{"messages": [\n', "rows.jsonl:3: not valid JSON"),
-    "another role": ('{"messages": [{"role": "robot", "content": "hi"}]}\n', "rows.jsonl:3"),
-    "no known columns": ('{"question": "?"}\n', "rows.jsonl:3"),
-    "half a file": ('{"messages": [{"role": "user", "con', "rows.jsonl:3: not valid JSON"),
-    "nothing to learn": ('{"messages": [{"role": "user", "content": "hi"}]}\n', "1 of 3 rows have no token to train on"),
-    "too long": (json.dumps({"prompt": "a", "completion": "b" * 500}) + "\n", "rows.jsonl:3"),
-    "special tokens in content": ('{"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "x"}]}\n', "rows.jsonl:3"),
-}  # fmt: skip
+    "not JSON": ('{"messages": [', "rows.jsonl:3: not valid JSON"),
+    "another role": ('{"messages": [{"role": "robot", "content": "hi"}]}', "rows.jsonl:3"),
+    "no known columns": ('{"question": "?"}', "rows.jsonl:3"),
+    "half a row": ('{"messages": [{"role": "user", "con', "rows.jsonl:3: not valid JSON"),
+    "nothing to learn": ('{"messages": [{"role": "user", "content": "hi"}]}', "1 of 3 rows have no token to train on"),
+    "too long": (json.dumps({"messages": [{"role": "assistant", "content": "b" * 500}]}), "1 of 3 rows are longer than 160 tokens"),
+    "special tokens in content": ('{"messages": [{"role": "assistant", "content": "<|im_end|>"}]}', "rows.jsonl:3"),
+}
 
 
 @pytest.mark.parametrize("case", ROWS)

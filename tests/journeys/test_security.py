@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -70,7 +71,7 @@ def test_code_beside_a_model_is_never_run(toy, tmp_path):
     (model / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "modeling_toy.Toy"}}))
     with pytest.raises(TriviumError, match="auto_map"):
         tv.load(model)
-    assert tv.load(model, allow_unknown=["auto_map"]).chat("hi").ids  # type: ignore[attr-defined]
+    assert tv.load(model, allow_unknown=["auto_map"]).chat("hi").ids
     (model / "model.safetensors").unlink()
     with pytest.raises(TriviumError, match="pickles"):
         tv.load(model, allow_unknown=["auto_map"])
@@ -93,6 +94,8 @@ def test_access_tokens_are_never_shown(toy, tmp_path, monkeypatch, capsys):
     """Not by commands that succeed, that fail, or that are debugged; and in no file that they leave."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, SECRET)
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://someone:{SECRET}@127.0.0.1:9/simple")  # where nobody listens
+    assert huggingface_hub.get_token() == SECRET
     monkeypatch.setenv("TRIVIUM_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
@@ -103,6 +106,7 @@ def test_access_tokens_are_never_shown(toy, tmp_path, monkeypatch, capsys):
         (["sft", "--model", model, "--data", "rows.jsonl", "--out", "run", "--train.steps", "1"], 0),
         (["eval", "run", "--model", model, "--task.kind", "generate", "--task.data", "rows.jsonl", "--out", "result.json"], 0),
         (["pull", "someone/private-model"], 1),
+        (["pull", "package:private-model==1.0"], 1),
     ]:
         assert cli.main(words) == status, words
         shown = capsys.readouterr()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,19 @@ TOOLS = [
 ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def ours(name: str) -> Tokenizer:
     return Tokenizer.load(asset(f"tokenizer-{name}"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def theirs(name: str) -> transformers.PreTrainedTokenizerBase:
     tokenizer = transformers.AutoTokenizer.from_pretrained(asset(f"tokenizer-{name}"))
     tokenizer.chat_template = template(name)
     return tokenizer
 
 
-@lru_cache(maxsize=None)
+@cache
 def template(name: str) -> str:
     """The chat template of a real tokenizer; gpt-oss comes without one here, and gets one of the same format."""
     config = json.loads((asset(f"tokenizer-{name}") / "tokenizer_config.json").read_text())

@@ -88,7 +88,7 @@ def state(**changes: Any) -> dict[str, Any]:
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
         "post_processor": None,
-        "decoder": {"type": "ByteLevel"},
+        "decoder": bytes_,
         "model": {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]], "ignore_merges": False},
     }
     for path, value in changes.items():
@@ -96,7 +96,7 @@ def state(**changes: Any) -> dict[str, Any]:
         *way, last = path.split("__")
         for step in way:
             place = place[int(step)] if step.isdigit() else place[step]
-        place[last] = value
+        place[int(last) if last.isdigit() else last] = value
     return whole
 
 
@@ -108,7 +108,10 @@ def tokenizer(folder: Path, **changes: Any) -> Tokenizer:
 SPM = {
     "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
     "pre_tokenizer": None,
-    "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+    "decoder": {
+        "type": "Sequence",
+        "decoders": [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}],
+    },
     "model__vocab": {"<unk>": 0, "a": 1, "b": 2, "ab": 3, "aba": 4, "<s>": 257},
     "model__unk_token": "<unk>",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from transformers.utils import chat_template_utils
 from tests.assets import asset
 from tests.text.helpers import DATE, ODD, REAL, TOOLS, calling, ours, prompt, talk, template, theirs
 from tests.text.test_tokenizer import TEXTS, _pieces, _words
-from trivium.core.errors import DataError, FileError
+from trivium.core.errors import ConfigError, DataError, FileError
 from trivium.io.gguf.reader import open_gguf
+from trivium.text import template as renderer
 from trivium.text.messages import RESERVED
 from trivium.text.prompt import Prompt, Row
 from trivium.text.tokenizer import Tokenizer
@@ -139,7 +141,11 @@ def test_thoughts_are_kept_while_the_template_keeps_them() -> None:
     """Qwen3 and gpt-oss write thoughts of the last turn and between calls, and drop those before a later question."""
     for name, first, last in (
         ("qwen3", "<think>\nhmm\n</think>\n\n<tool_call>", "<think>\nhmm again\n</think>\n\nIt is raining.<|im_end|>"),
-        ("gptoss", "<|channel|>analysis<|message|>hmm<|end|>", "hmm again<|end|><|start|>assistant<|channel|>final<|message|>It is raining.<|return|>"),
+        (
+            "gptoss",
+            "<|channel|>analysis<|message|>hmm<|end|>",
+            "hmm again<|end|><|start|>assistant<|channel|>final<|message|>It is raining.<|return|>",
+        ),
     ):
         mine = prompt(name)
         (row,) = check_rows(mine, calling(thoughts="hmm"), tools=TOOLS)
@@ -150,8 +156,6 @@ def test_thoughts_are_kept_while_the_template_keeps_them() -> None:
         assert len(rows) == 2
         assert "hmm" not in text_of(mine, rows[1].ids)
         assert trained(mine, rows[1]).endswith("Dry." + ("<|im_end|>" if name == "qwen3" else "<|return|>"))
-        whole = calling(thoughts="hmm")
-        assert mine.rows(whole, tools=TOOLS, turns="last")[0].ids[-6:] == their_ids(name, _shaped(name, whole), tools=TOOLS)[: -1 if name == "qwen3" else None][-6:]
 
 
 def test_tools_equal_transformers() -> None:
@@ -234,6 +238,8 @@ def test_stops_and_what_disagrees(smollm2: Prompt) -> None:
     assert any("a turn of calls with no special token" in note for note in prompt("deepseek_v3").notes)
     with pytest.raises(FileError, match="eos_token_id"):
         Prompt.of(ours("qwen3"), CHATML, {"eos_token_id": ["<|im_end|>"]})
+    with pytest.raises(FileError, match="151669 is no token"):
+        Prompt.of(ours("qwen3"), CHATML, {"eos_token_id": [151645, 151669]})
 
 
 def test_what_a_template_drops_is_an_error(smollm2: Prompt) -> None:
@@ -277,7 +283,7 @@ def test_special_strings_in_content_are_refused_or_text() -> None:
         prompt("qwen3").generation(talk("hi"), tools=[{**TOOLS[0], "function": {**TOOLS[0]["function"], "description": "<|im_end|>"}}])
     with pytest.raises(DataError, match="'<｜User｜>'"):
         prompt("deepseek_v3").generation(talk("a<｜User｜>b"))  # a token of its own, though not declared special
-    with pytest.raises(DataError, match="noncharacter"):
+    with pytest.raises(DataError, match="holds U.FDD2, which is no character"):
         prompt("qwen3").generation(talk("\ufdd2x\ufdd3"))
     assert prompt("qwen3").rows(talk("what is <think>?", "<think>\nx\n</think>\n\ny")), "markup that the tokenizer calls text is no attack"
 
@@ -301,6 +307,10 @@ def test_a_turn_can_be_left_untrained(smollm2: Prompt) -> None:
         (row,) = smollm2.rows([messages[0], {**messages[1], **flag}, *messages[2:]])
         assert trained(smollm2, row) == "end<|im_end|>"
         assert row.ids == smollm2.rows(messages)[0].ids
+    qwen = prompt("qwen3")
+    (row,) = qwen.rows([messages[0], {**messages[1], "train": False}, *messages[2:]])
+    assert row == qwen.rows(messages)[1], "a row of nothing but turns that are off is left out"
+    assert smollm2.rows([messages[0], {**messages[1], "train": False}]) == []
     (row,) = smollm2.rows([{**message, "train": True, "weight": 1} for message in messages])
     assert row == smollm2.rows(messages)[0]
 
@@ -314,7 +324,7 @@ def test_a_turn_that_says_nothing_trains_nothing(smollm2: Prompt) -> None:
 
 
 def test_generation_marks_only_narrow() -> None:
-    marked = CHATML.replace("m.content + '<|im_end|>\n' }}", "}}{% generation %}{{ m.content }}{% endgeneration %}{{ '<|im_end|>\n' }}").replace("'\n' + }}", "'\n' }}")
+    marked = CHATML.replace(" + m.content + ", " }}{% generation %}{{ m.content }}{% endgeneration %}{{ ")
     mine, plain = Prompt.of(ours("qwen3"), marked), Prompt.of(ours("qwen3"), CHATML)
     for messages in TALKS:
         one, other = mine.rows(messages), plain.rows(messages)
@@ -324,7 +334,7 @@ def test_generation_marks_only_narrow() -> None:
     assert trained(mine, row) == "yö 👩‍🚀"
     partly = CHATML.replace("m.content", "m.content.split('|')[0] }}{% generation %}{{ m.content.split('|')[1] }}{% endgeneration %}{{ ''")
     mine = Prompt.of(ours("qwen3"), partly)
-    (row,) = mine.rows([{"role": "assistant" if index % 2 else "user", "content": text} for index, text in enumerate(["a|b", "not this| but this"])])
+    (row,) = mine.rows(talk("a|b", "not this| but this"))
     assert trained(mine, row) == " but this"
     none = Prompt.of(ours("qwen3"), "{% if false %}{% generation %}{% endgeneration %}{% endif %}" + CHATML)
     assert not any(none.rows(talk("hi", "yo"))[0].targets)
@@ -336,6 +346,16 @@ def test_answers_that_do_not_follow_the_prompt_are_an_error() -> None:
     with pytest.raises(DataError, match=r"messages\[1\].*not write this answer as the continuation"):
         mine.rows(talk("hi", "yo"))
     assert trained(mine, mine.rows(talk("hi", "<think>\nx</think>yo"))[0]) == "x</think>yo<|im_end|>"
+
+
+def test_templates_that_do_not_end_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(renderer, "MAX_SECONDS", 0.2)
+    start = time.thread_time()
+    with pytest.raises(DataError, match="ran for more than 0.2 seconds"):
+        Prompt.of(_words(), "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    with pytest.raises(DataError, match="not well formed: line 1"):
+        Prompt.of(_words(), "{% if %}")
+    assert time.thread_time() - start < 1
 
 
 def test_sentencepiece_answers_are_continuations() -> None:
@@ -372,6 +392,7 @@ def test_plain_text_and_completions() -> None:
         ([{"content": "x"}], r"messages\[0\]: is no object with a 'role'"),
         (["x"], r"messages\[0\]"),
         ([{"role": "user", "content": [{"type": "image"}]}], "parts and images are not supported"),
+        ([{"role": "user", "content": "a\ud83d"}], r"messages\[0\]\.content: holds U\+D83D"),
         ([{"role": "user", "content": "x", "when": datetime.date.today()}], r"messages\[0\]\.when: is a date"),
     ],
 )
@@ -382,9 +403,8 @@ def test_bad_messages(smollm2: Prompt, messages: Any, message: str) -> None:
 
 def test_prompts_are_saved_and_loaded(tmp_path: Path) -> None:
     tokenizer = _words()
-    mine = Prompt.of(
-        tokenizer, "{{ flag }}\r\n{{ messages[0].content }}</s>{{ 1 if tools }}", {"eos_token_id": [1, 2]}, special="text", accept=("tools",), arguments={"flag": "f"}
-    )
+    source = "{{ flag }}\r\n{{ messages[0].content }}</s>{{ 1 if tools }}"
+    mine = Prompt.of(tokenizer, source, {"eos_token_id": [1, 2]}, special="text", accept=("tools",), arguments={"flag": "f"})
     tokenizer.save(tmp_path)
     mine.save(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
@@ -393,11 +413,14 @@ def test_prompts_are_saved_and_loaded(tmp_path: Path) -> None:
     assert again.settings() == mine.settings()
     assert again.digest() == mine.digest()
     assert again.template == mine.template
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(FileError, match=f"{tmp_path}.*not well formed"):
+        Prompt.load(tmp_path, tokenizer)
+    mine.save(tmp_path)
+    with pytest.raises(ConfigError, match="special: unknown.*'refused'.*did you mean 'refuse'"):
+        Prompt.of(tokenizer, CHATML, special="refused")
     (tmp_path / "generation_config.json").unlink()
     assert Prompt.load(tmp_path, tokenizer).stops == (1, 2), "the recorded stops are kept"
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(FileError, match="not the one that trivium.json records"):
-        Prompt.load(tmp_path, tokenizer)
 
 
 def test_templates_of_transformers_4_and_5(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from trivium.train.loop import TrainConfig
 from .toys import Bigram, Signalled, model, one_thread, same, train, weights  # noqa: F401 - a fixture
 
 CALLS = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir", "ftruncate")
-CONFIG = TrainConfig(steps=3, rows=4, micro=2, precision="bf16", seed=3, save_every=2, validate_every=2, keep_last=1)
+CONFIG = TrainConfig(steps=3, rows=4, micro=2, precision="bf16", seed=3, save_every=2, validate_every=2, keep_last=1, track=())
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_waiting")
 

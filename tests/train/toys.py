@@ -102,7 +102,7 @@ class Bigram(nn.Module):
         return Output(hidden, hidden[keep] @ self.out.T)
 
 
-CONFIG = TrainConfig(steps=6, rows=4, micro=2, precision="fp32", seed=3, save_every=2, validate_every=3)
+CONFIG = TrainConfig(steps=6, rows=4, micro=2, precision="fp32", seed=3, save_every=2, validate_every=3, track=())
 
 
 def train(

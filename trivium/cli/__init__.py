@@ -13,10 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..core.errors import TriviumError
+
 if TYPE_CHECKING:
     from cyclopts import App
 
 FAILURE, USAGE, INTERRUPTED = 1, 2, 130
+
+
+class UsageError(TriviumError):
+    """A command line or a config that cannot be run as written; exit status 2."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ COMMANDS = (
     Command("adapter merge", "trivium.cli.adapter:merge", "Add an adapter into its base's weights."),
     Command("adapter unmerge", "trivium.cli.adapter:unmerge", "Take a merged adapter out again."),
     Command("convert", "trivium.cli.convert:convert", "Write a model as a model directory, in another dtype or family."),
+    Command("runs", "trivium.cli.runs:runs", "The runs on this machine: list, compare, draw."),
     Command("concepts", "trivium.cli.concepts:concepts", "What works today, the part that does it, and its proof."),
     Command("doctor", "trivium.cli.doctor:doctor", "What this machine has, how fast it is, and what to watch."),
 )
@@ -117,9 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(tokens: list[str], *, debug: bool) -> int:
     from cyclopts import CycloptsError
 
-    from ..core.errors import TriviumError
     from ..core.log import log
-    from .options import UsageError
 
     asked = find(tokens)
     try:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from cyclopts import Parameter
 
 from ..core import config
-from ..core.errors import ConfigError, FileError, TriviumError, unknown
+from ..core.errors import ConfigError, FileError, unknown
 from ..core.log import layout, log
 from ..core.spec import Part, Spec
+from . import UsageError
 
 if TYPE_CHECKING:
     from ..infer.sampling import Sampling
@@ -27,10 +28,6 @@ ModelAndText = Annotated[str, Parameter(name="MODEL [TEXT]", allow_leading_hyphe
 Configs = Annotated[tuple[Path, ...], Parameter(name="--config", consume_multiple=False)]
 
 
-class UsageError(TriviumError):
-    """A command line or a config that cannot be run as written; exit status 2."""
-
-
 def resolve(
     cls: type[S], configs: Sequence[Path], flags: Sequence[str], *, aliases: Mapping[str, str], command: Callable[..., object] | None = None
 ) -> S:
@@ -40,8 +37,8 @@ def resolve(
     own = inspect.signature(command).parameters.values() if command else ()
     known = {*cls.model_fields, *aliases, *(option.name for option in own if option.kind is option.KEYWORD_ONLY)}
     for name, _ in named:
-        if name.split(".")[0].replace("-", "_") not in known:
-            raise UsageError(unknown("option", f"--{name}", [f"--{choice}" for choice in known]), field=name, choices=known)
+        if (first := name.split(".")[0].replace("-", "_")) not in known:
+            raise UsageError(unknown("option", f"--{first}", [f"--{choice}" for choice in known]), field=name, choices=known)
     try:
         found = config.resolve(cls, configs, named, aliases=aliases)
     except (ConfigError, FileError) as error:
@@ -147,7 +144,7 @@ def _fields(cls: type[Spec], prefix: str, values: Spec | None = None) -> list[tu
         absent = values is None and info.is_required()
         default = None if absent else getattr(values, name) if values else info.get_default(call_default_factory=True)
         kinds = _kinds(info.annotation)
-        said = (info.description or "") + (f": one of {', '.join(kinds)}" if kinds else "")
+        said = ": ".join(filter(None, (info.description, f"one of {', '.join(kinds)}" if kinds else None)))
         if isinstance(default, Spec):
             if kind := default.to_dict().get("kind"):
                 rows.append((f"--{prefix}{name}", str(kind), said))

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import native
+
+Backward = TypeVar("Backward", bound=Callable[..., Any])
+
+
+def _once(backward: Backward) -> Backward:
+    """torch's own `once_differentiable` lets a second derivative pass, as zero, where the incoming gradient is a constant."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, grad: Tensor) -> Any:
+        if torch.is_grad_enabled():  # in a backward, only under create_graph
+            raise RuntimeError("a native kernel has no second derivative; set TRIVIUM_NATIVE=0 to run on torch")
+        return backward(ctx, grad)
+
+    return checked  # type: ignore[return-value]
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float, round_first: bool) -> Tensor:
@@ -25,7 +40,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         x, weight, scales = ctx.saved_tensors
         grad_x, grad_weight = native.rms_norm_backward(
@@ -46,7 +61,7 @@ class _SiLUTimes(torch.autograd.Function):
         return native.silu_times(gate, up)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         return native.silu_times_backward(gate, up, grad.contiguous())
@@ -64,7 +79,7 @@ class _Rotate(torch.autograd.Function):
         return native.rotate(x if x.stride(-1) == 1 else x.contiguous(), cos, sin)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return native.rotate(grad if grad.stride(-1) == 1 else grad.contiguous(), cos, sin, back=True), None, None
@@ -91,7 +106,7 @@ class _CausalAttention(torch.autograd.Function):
         return torch.bmm(weights, values).view(batch, heads, time, -1)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         grouped, keys, values, weights = ctx.saved_tensors
         q, k, v = ctx.shapes

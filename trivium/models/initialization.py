@@ -14,13 +14,14 @@ from ..core.registry import Registry
 
 @dataclass(frozen=True)
 class Place:
-    """Where a matrix stands. `table`: its rows are looked up (tokens, positions), so no sum runs over it. `writes`: it
-    ends a sublayer, so its output joins the residual stream of a model of `layers` layers."""
+    """Where a matrix stands. `table`: its rows are looked up (tokens, positions), so no sum runs over it. `activated`: an
+    activation follows. `writes`: it ends a sublayer, so its output joins the residual stream of a model of `layers` layers."""
 
     inputs: int
     outputs: int
     layers: int
     table: bool
+    activated: bool
     writes: bool
 
 
@@ -42,5 +43,5 @@ def xavier(place: Place, std: float) -> float:
 
 @starts.register("kaiming")
 def kaiming(place: Place, std: float) -> float:
-    """sqrt(2 / inputs): variance kept through ReLUs (arXiv:1502.01852)."""
-    return std if place.table else (2 / place.inputs) ** 0.5
+    """sqrt(2 / inputs) before an activation, sqrt(1 / inputs) elsewhere: variance kept through ReLUs (arXiv:1502.01852)."""
+    return std if place.table else ((2 if place.activated else 1) / place.inputs) ** 0.5

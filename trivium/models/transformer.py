@@ -178,6 +178,7 @@ def initialize(model: TransformerModel, *, seed: int, std: float = 0.02, start: 
                 outputs=outputs,
                 layers=len(model.layers),
                 table=prefix.startswith("embed"),
+                activated=".ffn.inp." in prefix,
                 writes=prefix.endswith((".mixer.out", ".ffn.out")),
             )
             drawn = torch.randn(parameter.shape, generator=generator(seed, f"{prefix}.{name}"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.registry import Registry
 from ..core.spec import Part
+from ..kernels import functions, native
 from .linear import OwnStart
 
 
@@ -96,7 +97,7 @@ class SwishActivation(OwnStart):
 
 def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, keeping only its two inputs for the backward."""
-    return _SiLUTimes.apply(gate, up)
+    return functions.silu_times(gate, up) if native.takes(gate, up) else _SiLUTimes.apply(gate, up)
 
 
 class _SiLUTimes(torch.autograd.Function):

@@ -52,7 +52,7 @@ class Attention(Mixer):
     position: SerializeAsAny[Position] | None = Field(None, description="what is done to queries and keys so that order matters")
     pattern: SerializeAsAny[Pattern] = Field(Full(), description="which positions are in reach")
     scores: Scores = Field(Scores(), description="how products become scores")
-    dropout: float = Field(0.0, ge=0, lt=1, description="chance of an attention weight to be dropped, in training")
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance of an attention weight to be dropped, in training (by eager)")
 
     @classmethod
     def tiny(cls) -> Attention:

@@ -1,6 +1,7 @@
 """Attention itself, softmax(q k^T * scale) v, behind one signature and several backends.
 
-`eager` states it naively and can return its weights; `sdpa` is torch's. Both take grouped heads as they are.
+`eager` states it naively and can return its weights; `native` is eager with a native softmax; `sdpa` is torch's. All take
+grouped heads as they are.
 `attend` is what attention layers call: it computes documents apart, gathered into groups of like length, and tells a
 backend no more than it must know: nothing, the causal triangle, or a mask.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..core.errors import ConfigError
 from ..core.registry import Registry
+from ..kernels import functions, native
 from .step import Documents, View
 
 
@@ -54,6 +56,14 @@ def eager(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: 
     return (weights.view(batch, kv_heads, -1, slots) @ v).view(batch, heads, count, -1)
 
 
+@backends.register("native")
+def products(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+    """As eager, the causal softmax in one native pass where the library takes these tensors."""
+    if causal and native.takes(q, k, v):
+        return functions.causal_attention(q, k, v, scale=scale)
+    return eager(q, k, v, scale=scale, causal=causal, mask=mask)
+
+
 @backends.register("sdpa")
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
     """torch's scaled_dot_product_attention."""
@@ -69,7 +79,7 @@ def auto(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: T
     """On a CPU, plain products for few queries, and for short documents (SDPA's backward there costs several times
     its forward; measured in benchmarks/NOTES.md); SDPA otherwise."""
     short = q.shape[2] <= 16 or q.shape[2] * k.shape[2] <= (512 * 512 if q.requires_grad or k.requires_grad else 256 * 256)
-    return (eager if q.device.type == "cpu" and short else sdpa)(q, k, v, scale=scale, causal=causal, mask=mask)
+    return (products if q.device.type == "cpu" and short else sdpa)(q, k, v, scale=scale, causal=causal, mask=mask)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, view: View, *, scale: float, backend: str, dropout: float = 0.0) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..core.registry import Registry
 from ..core.spec import Part
+from ..kernels import functions, native
 from .linear import OwnStart
 
 
@@ -47,7 +48,10 @@ class RMSNorm(OwnStart):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        spec, wide = self.spec, x.float()
+        spec = self.spec
+        if native.takes(x, self.weight):
+            return functions.rms_norm(x, self.weight, eps=spec.eps, offset=spec.offset, round_first=spec.round_first)
+        wide = x.float()
         normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + spec.eps)
         if spec.round_first:
             return (self.weight + spec.offset if spec.offset else self.weight) * normal.to(x.dtype)

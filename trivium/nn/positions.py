@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.errors import ConfigError
 from ..core.registry import Registry
 from ..core.spec import Part
+from ..kernels import functions, native
 from .step import Step
 
 
@@ -106,6 +107,9 @@ class Rope(Position):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i+D/2}) of `x` [..., T, D] by its angle; `cos`, `sin` broadcast to [..., T, D/2]."""
+    if x.ndim == 4 and cos.shape in ((1, 1, x.shape[2], x.shape[3] // 2), (x.shape[0], 1, x.shape[2], x.shape[3] // 2)):
+        if native.takes(x, cos, sin):
+            return functions.rotate(x, cos, sin)
     return _Rotate.apply(x, cos, sin)
 
 

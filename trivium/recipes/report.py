@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,20 +38,33 @@ def _interval(measured: Mapping[str, Any]) -> str:
     return f"{measured['value']:.3f} ({measured['low']:.3f} to {measured['high']:.3f})"
 
 
+COLORS = ("#2a6fdb", "#d1495b", "#2e8b57", "#b8860b", "#8a4fbf", "#444444")
+
+
 def curve(points: Sequence[tuple[float, float]], x_name: str, y_name: str) -> str:
-    """An SVG line through `points`, its axes from the data's first to last x and from 0 to the largest y."""
-    if len(points) < 2:
+    """One line, without a legend; see `curves`."""
+    return curves({"": points}, x_name, y_name)
+
+
+def curves(lines: Mapping[str, Sequence[tuple[float, float]]], x_name: str, y_name: str) -> str:
+    """An SVG of one line a name, from the first to the last x and from 0 to the largest y."""
+    every = [point for points in lines.values() for point in points]
+    if len(every) < 2:
         return "<p>No curve: fewer than two steps were made.</p>"
-    first, last, top = points[0][0], points[-1][0], max(y for _, y in points) or 1.0
+    first, last, top = min(x for x, _ in every), max(x for x, _ in every), max(y for _, y in every) or 1.0
 
     def place(x: float, y: float) -> tuple[float, float]:
         return LEFT + (WIDTH - LEFT - 10) * (x - first) / (last - first or 1), (HEIGHT - BOTTOM) * (1 - y / top) + 5
 
-    line = " ".join(f"{px:.1f},{py:.1f}" for px, py in (place(x, y) for x, y in points))
-    ticks = "".join(f'<text x="{LEFT - 8}" y="{place(first, y)[1] + 4:.1f}" text-anchor="end">{y:.2f}</text>' for y in (0, top / 2, top))
+    parts = [f'<text x="{LEFT - 8}" y="{place(first, y)[1] + 4:.1f}" text-anchor="end">{y:.3g}</text>' for y in (0, top / 2, top)]
+    for number, (name, points) in enumerate(lines.items()):
+        color = COLORS[number % len(COLORS)]
+        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in (place(x, y) for x, y in points))
+        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{path}"/>')
+        parts.append(f'<text x="{WIDTH - 10}" y="{16 + 16 * number}" text-anchor="end" style="fill:{color}">{html.escape(name)}</text>')
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 10}" role="img" aria-label="{y_name} by {x_name}">'
-        f'<line class="axis" x1="{LEFT}" x2="{WIDTH}" y1="{HEIGHT - BOTTOM + 5}" y2="{HEIGHT - BOTTOM + 5}"/>{ticks}'
-        f'<polyline class="curve" points="{line}"/><text x="{LEFT}" y="{HEIGHT}">{x_name} {first:g} to {last:g}</text>'
-        f'<text x="{LEFT}" y="12">{y_name}</text></svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT + 10}" role="img" aria-label="{html.escape(y_name)} by {x_name}" '
+        f'font-family="system-ui, sans-serif" font-size="12" fill="currentColor">'
+        f'<line stroke="#8884" x1="{LEFT}" x2="{WIDTH}" y1="{HEIGHT - BOTTOM + 5}" y2="{HEIGHT - BOTTOM + 5}"/>{"".join(parts)}'
+        f'<text x="{LEFT}" y="{HEIGHT}">{x_name} {first:g} to {last:g}</text><text x="{LEFT}" y="12">{html.escape(y_name)}</text></svg>'
     )

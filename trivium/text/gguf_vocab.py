@@ -62,9 +62,8 @@ def build(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
         raise FileError(f"tokenizer.ggml.tokens: {len(tokens) - len(vocab)} tokens stand there twice")
     engine = _byte_level(metadata, vocab) if kind == "gpt2" else _sentencepiece(metadata, vocab, types)
     special = (CONTROL, UNKNOWN)
-    engine.add_tokens(
-        [AddedToken(token, special=type in special, normalized=False) for token, type in zip(tokens, types, strict=True) if type in (*special, USER_DEFINED)]
-    )
+    marked = [(token, type in special) for token, type in zip(tokens, types, strict=True) if type in (*special, USER_DEFINED)]
+    engine.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in marked])
     config: dict[str, Any] = {}
     for ours, theirs in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         id = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
@@ -145,5 +144,5 @@ def _ends(engine: Tokenizer, config: Mapping[str, Any]) -> processors.TemplatePr
     ends = {end: config[f"{end}_token"] for end in ("bos", "eos") if config[f"add_{end}_token"]}
     if not ends:
         return None
-    single = " ".join(([ends["bos"]] if "bos" in ends else []) + ["$A"] + ([ends["eos"]] if "eos" in ends else []))
-    return processors.TemplateProcessing(single=single.split(" "), special_tokens=[(token, engine.token_to_id(token)) for token in set(ends.values())])
+    single = [ends.get(part, part) for part in ("bos", "$A", "eos") if part in ends or part == "$A"]
+    return processors.TemplateProcessing(single=single, special_tokens=[(token, engine.token_to_id(token)) for token in set(ends.values())])

@@ -19,15 +19,17 @@ Special = Literal["refuse", "text"]
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names under which data sets and servers pass them
 FLAGS = ("train", "weight")  # of a turn: whether it is trained; never shown to a template
 LEFT, RIGHT = "\ufdd2", "\ufdd3"  # noncharacters around a marked string
-RESERVED = re.compile("[\ufdd0-\ufdd3]")
+RESERVED = re.compile("[\ufdd0-\ufdd3\ud800-\udfff]")  # our marks, and halves of surrogate pairs
 
 
 def plain(value: Any, where: str) -> Any:
     """A copy made of JSON's own types. Raises `DataError` for anything else, and for characters that are used as marks."""
     match value:
         case str():
-            if RESERVED.search(value):
-                raise DataError(f"{where}: holds a noncharacter of U+FDD0 to U+FDD3, which cannot stand in a conversation", field=where)
+            if found := RESERVED.search(value):
+                raise DataError(
+                    f"{where}: holds U+{ord(found[0]):04X}, which is no character and cannot stand in a conversation", field=where
+                )
             return str(value)
         case None | bool() | int() | float():
             return value
@@ -102,12 +104,12 @@ def another(message: dict[str, Any]) -> dict[str, Any]:
     """An answer of the same form that says something else."""
     other = {**message, **{name: f"zq{name}" for name in ("content", *THOUGHTS) if message.get(name)}}
     if calls := message.get("tool_calls"):
-        other["tool_calls"] = [{**call, **_renamed(call), **({"function": _renamed(call["function"])} if "function" in call else {})} for call in calls]
+        other["tool_calls"] = [_renamed(call) for call in calls]
     return other
 
 
-def _renamed(function: dict[str, Any]) -> dict[str, Any]:
-    return {**function, "name": "zqname"}
+def _renamed(call: dict[str, Any]) -> dict[str, Any]:
+    return {**call, "function": _renamed(call["function"])} if "function" in call else {**call, "name": "zqname"}
 
 
 class Guard:
@@ -124,7 +126,8 @@ class Guard:
     def _mark(self, text: str, where: str) -> str:
         if (found := self._pattern.search(text)) and self._special == "refuse":
             raise DataError(
-                f"{where}: holds {found[0]!r}, which controls the model; take it out, or have it encoded as plain text (special: text)", field=where
+                f"{where}: holds {found[0]!r}, which controls the model; take it out, or have it encoded as plain text (special: text)",
+                field=where,
             )
         return self._pattern.sub(f"{LEFT}\\g<0>{RIGHT}", text) if found else text
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..core.errors import DataError
+from .template import Stopped
 
 SAID, ASKED, ANSWERED, CALLED, KEY, VALUE = "zqsaid", "zqasked", "zqanswered", "zqcalled", "zqkey", "zqvalue"
 USER = {"role": "user", "content": ASKED}
@@ -43,7 +44,7 @@ class Probe:
     def __init__(self, write: Write):
         self._write = write
         self._answers: dict[str, bool] = {}
-        self._forms: Forms | None | bool = False  # False: not asked yet
+        self._forms: Forms | bool | None = False  # False: not asked yet
 
     def expresses(self, what: str) -> bool:
         """Whether the template writes `what`: tools, calls, thoughts, a role's turn at the start (`system`) or later (`later system`)."""
@@ -84,7 +85,11 @@ class Probe:
                 return SAID in self._text([USER, {**ANSWER, **thoughts}])
             case "tool":
                 forms = self.forms()
-                turns = [USER, ANSWER if forms is None else call(forms), {"role": "tool", "content": SAID, "name": CALLED, "tool_call_id": CALLED}]
+                turns = [
+                    USER,
+                    ANSWER if forms is None else call(forms),
+                    {"role": "tool", "content": SAID, "name": CALLED, "tool_call_id": CALLED},
+                ]
                 return SAID in self._text(turns, generate=True)
             case _ if what.startswith("later "):
                 return SAID in self._text([USER, ANSWER, *said, USER], generate=True)
@@ -102,9 +107,11 @@ class Probe:
         return None
 
     def _text(self, messages: Sequence[dict[str, Any]], *, tools: list[dict[str, Any]] | None = None, generate: bool = False) -> str:
-        """What the template writes; nothing if it refuses."""
+        """What the template writes; nothing if it refuses. One that does not end is no template to ask."""
         try:
             return self._write(messages, tools=tools, generate=generate)
+        except Stopped:
+            raise
         except DataError:
             return ""
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.errors import DataError, FileError, unknown
+from ..core.errors import ConfigError, DataError, FileError, TriviumError, unknown
 from . import template as templates
 from .files import read_json, read_text
 from .messages import Guard, Message, Special, another, is_empty, plain, spelled, trained, unmarked, with_calls
@@ -54,6 +53,10 @@ class Prompt:
         accept: Sequence[str] = (),
         arguments: Mapping[str, Any] | None = None,
     ):
+        if special not in ("refuse", "text"):
+            raise ConfigError(
+                unknown("way with special strings", special, ("refuse", "text"), field="special"), field="special", value=special
+            )
         self.tokenizer = tokenizer
         self.template = template
         self.special: Special = special
@@ -93,11 +96,12 @@ class Prompt:
         file = directory / TEMPLATE
         template = read_text(file) if file.exists() else _named_template(read_json(directory / CONFIG).get("chat_template"))
         settings = read_json(directory / "trivium.json").get("prompt") or {}
-        if (digest := settings.get("template")) is not None and digest != _sha256(template):
-            raise FileError(f"{directory}: its chat template is not the one that trivium.json records; restore it, or accept the change")
         ends = _ends(read_json(directory / "generation_config.json")) or tuple(settings.get("stops", ()))
         kept = {name: settings[name] for name in ("special", "accept", "arguments") if name in settings}
-        return cls(tokenizer, template, ends=ends, **kept)
+        try:
+            return cls(tokenizer, template, ends=ends, **kept)
+        except TriviumError as error:
+            raise FileError(f"{directory}: {error}") from None
 
     def generation(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, arguments: Mapping[str, Any] | None = None
@@ -117,22 +121,27 @@ class Prompt:
     ) -> list[Row]:
         """The rows that train the answers in `messages`, or only the last one. Raises `DataError`.
 
-        A turn whose `train` is false or whose `weight` is 0, and one that says nothing, is context only.
+        A turn whose `train` is false or whose `weight` is 0 is context only; a row of nothing else is left out. A turn that
+        says nothing trains nothing, so that its row can be found empty.
         """
         said = spelled(messages)
         shown = self._shown(said, tools, arguments)
         answers = [index for index, message in enumerate(said) if message["role"] == "assistant"]
         rows: list[Row] = []
+        wanted: list[bool] = []  # whether a turn of the row was left on
         for index in answers if turns == "all" else answers[-1:]:
             before, answer, targets = self._turn(shown, said, index)
-            if is_empty(said[index]) or not trained(messages[index]) or all(token in self.stops for token in answer):
+            on = trained(messages[index])
+            if not on or is_empty(said[index]) or all(token in self.stops for token in answer):
                 targets = [False] * len(targets)
             if not rows or before[: len(rows[-1].ids)] != rows[-1].ids:
                 rows.append(Row([], []))
+                wanted.append(False)
             row = rows[-1]
             row.targets += [False] * (len(before) - len(row.ids)) + targets
             row.ids = before + answer
-        return rows
+            wanted[-1] |= on
+        return [row for row, on in zip(rows, wanted, strict=True) if on]
 
     def completion(self, prompt: str, completion: str) -> Row:
         """Plain text and what should follow it, without a template; the tokenizer's end of text closes it."""
@@ -155,7 +164,7 @@ class Prompt:
             "stops": list(self.stops),
             "special": self.special,
             "accept": list(self.accept),
-            "arguments": self.arguments,
+            "arguments": dict(self.arguments),
         }
 
     def digest(self) -> str:
@@ -165,7 +174,7 @@ class Prompt:
     def save(self, directory: str | Path) -> None:
         """Write the template to chat_template.jinja; the settings go into trivium.json with the model."""
         if self.template is not None:
-            (Path(directory) / TEMPLATE).write_text(self.template, encoding="utf-8")
+            (Path(directory) / TEMPLATE).write_bytes(self.template.encode())
 
     def _turn(self, shown: _Shown, said: list[dict[str, Any]], index: int) -> tuple[list[int], list[int], list[bool]]:
         """For the answer at `index`: the ids before it, its own ids to the first stop id, and which of these are trained."""
@@ -187,7 +196,7 @@ class Prompt:
         bare = shown.write(said[:index], generate=False).text
         header = before[len(bare) :] if before.startswith(bare) else ""
         other = shown.write([*said[:index], another(said[index])], generate=False).text
-        at = whole.rfind(header, 0, len(os.path.commonprefix([whole, other]))) if header else -1
+        at = whole.rfind(header, 0, _common(whole, other)) if header else -1
         if at < 0:
             raise DataError(
                 f"messages[{index}]: the chat template does not write this answer as the continuation of what serving sends before it "
@@ -206,16 +215,16 @@ class Prompt:
             places += [(start + a, start + b) for a, b in spans]
         return ids, places
 
-    def _shown(
-        self, said: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None, arguments: Mapping[str, Any] | None
-    ) -> _Shown:
+    def _shown(self, said: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]] | None, arguments: Mapping[str, Any] | None) -> _Shown:
         """Everything but the messages, checked; and the messages of `said` checked and brought into the template's form, in place."""
         if self.template is None:
             raise DataError("this model has no chat template, so it takes no messages: use plain text, or prompt and completion")
         offered = list(plain(list(tools or ()), "tools"))
         for what in dict.fromkeys(_used(said, offered)):
             if what not in self.accept and not self._probe.expresses(what):
-                raise DataError(f"the chat template drops {_words(what)}; leave them out, or accept that they are dropped (accept: {what})", field=what)
+                raise DataError(
+                    f"the chat template drops {_words(what)}; leave them out, or accept that they are dropped (accept: {what})", field=what
+                )
         forms = self._probe.forms()
         for index, message in enumerate(said):
             if message.get("tool_calls") and forms is not None:
@@ -232,7 +241,9 @@ class Prompt:
                 raise DataError(f"arguments.{name}: {name!r} is not an argument of the template", field=f"arguments.{name}")
             if name not in known and "arguments" not in self.accept:
                 choices = known - {*TAKEN, *self._special_tokens()}
-                raise DataError(f"{unknown('argument of the chat template', name, choices, field='arguments')}; or accept it (accept: arguments)")
+                raise DataError(
+                    f"{unknown('argument of the chat template', name, choices, field='arguments')}; or accept it (accept: arguments)"
+                )
         return {**self.arguments, **arguments}
 
     def _special_tokens(self) -> dict[str, str]:
@@ -249,7 +260,9 @@ class Prompt:
         assert self.template is not None
         values = {"messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": generate}
         given = {name: value for name, value in arguments.items() if name != "date" or "date" in self._facts.names}
-        return templates.render(self.template, {**self._special_tokens(), **given, **values}, date=_date(arguments.get("date", "2000-01-01")))
+        return templates.render(
+            self.template, {**self._special_tokens(), **given, **values}, date=_date(arguments.get("date", "2000-01-01"))
+        )
 
     def _write(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None = None, generate: bool = False) -> str:
         """For the probe."""
@@ -257,6 +270,10 @@ class Prompt:
 
     def _find_stops(self, ends: tuple[int, ...], notes: list[str]) -> tuple[int, ...]:
         """What the template writes after an answer and after a call, and what the model's files declare."""
+        if odd := [token for token in ends if not 0 <= token < self.tokenizer.vocab_size]:
+            raise FileError(
+                f"generation_config.json: eos_token_id {odd[0]} is no token of this tokenizer, whose ids end at {self.tokenizer.vocab_size - 1}"
+            )
         declared = ends or (() if self.tokenizer.eos is None else (self.tokenizer.eos,))
         if self.template is None:
             return declared
@@ -314,8 +331,18 @@ def _used(said: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> Iterator[s
 
 
 def _words(what: str) -> str:
-    plain = {"tools": "the tools on offer", "calls": "tool calls", "thoughts": "thoughts (reasoning_content)", "tool": "the results of tools"}
-    return plain.get(what, f"a {what} turn")
+    known = {
+        "tools": "the tools on offer",
+        "calls": "tool calls",
+        "thoughts": "thoughts (reasoning_content)",
+        "tool": "the results of tools",
+    }
+    return known.get(what, f"a {what} turn")
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _overlap(start: int, end: int, span: tuple[int, int]) -> bool:

@@ -53,7 +53,9 @@ class Pieces:
                 case {"type": "Fuse"}:
                     pass
                 case _:
-                    raise FileError(f"{where}: its decoder {step.get('type')!r:.40} is not supported; byte-level and SentencePiece decoders are")
+                    raise FileError(
+                        f"{where}: its decoder {step.get('type')!r:.40} is not supported; byte-level and SentencePiece decoders are"
+                    )
         if not self._byte_level and not self._spaces:
             raise FileError(f"{where}: it has no byte-level or SentencePiece decoder, the kinds that are supported")
 
@@ -68,7 +70,7 @@ class Pieces:
         return frozenset(byte for char, byte in ALPHABET.items() if self._byte_level and id(char) is None)
 
     def _bytes(self, id: int) -> bytes:
-        token = self._token(id)
+        token = self._token(id) if id >= 0 else None
         if token is None:
             return b""
         if self._byte_level:

@@ -39,18 +39,22 @@ MAX_SECONDS = 2.0  # of this thread's own work
 BEGIN, END = "\ufdd0", "\ufdd1"  # noncharacters around what {% generation %} holds
 LEFT_OUT = ("pprint", "random", "urlize", "xmlattr")  # filters
 
-STR_METHODS = frozenset(
-    "capitalize casefold count endswith find format format_map index isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric"
-    " isprintable isspace istitle isupper lower lstrip partition removeprefix removesuffix rfind rindex rpartition rsplit rstrip split splitlines"
-    " startswith strip swapcase title upper".split()
-)
+STR_METHODS = """
+capitalize casefold count endswith find format format_map index isalnum isalpha isascii isdecimal isdigit isidentifier islower isnumeric
+isprintable isspace istitle isupper lower lstrip partition removeprefix removesuffix rfind rindex rpartition rsplit rstrip split splitlines
+startswith strip swapcase title upper center ljust rjust zfill replace join
+"""
 METHODS: dict[type, frozenset[str]] = {
-    str: STR_METHODS | {"center", "ljust", "rjust", "zfill", "replace", "join"},
+    str: frozenset(STR_METHODS.split()),
     dict: frozenset({"get", "items", "keys", "values", "copy", "fromkeys"}),
     list: frozenset({"index", "count", "copy"}),
     tuple: frozenset({"index", "count"}),
     range: frozenset({"index", "count"}),
 }
+
+
+class Stopped(DataError):
+    """A template that would have taken too much time or memory."""
 
 
 class TemplateLimit(jinja2.TemplateError):
@@ -66,22 +70,23 @@ class Rendered:
 
 
 def render(source: str, values: Mapping[str, Any], *, date: datetime.datetime) -> Rendered:
-    """Render a template with plain JSON `values`; `date` is what strftime_now tells. Raises `DataError`."""
+    """Render a template with plain JSON `values`; `date` is what strftime_now tells. Raises `DataError`; `Stopped` at a limit."""
     code = compiled(source)
     try:
         environment = _Environment(values)
-        environment.globals["strftime_now"] = date.strftime
+        given: dict[str, Any] = {name: value for name, value in environment.globals.items() if name != "lipsum"}
+        given |= {"raise_exception": _raise, "namespace": _Namespace, "dict": _dict, "strftime_now": date.strftime}
         pieces = []
-        for piece in jinja2.Template.from_code(environment, code, environment.globals).generate(values):
+        for piece in jinja2.Template.from_code(environment, code, given).generate(values):
             environment.emit(piece)
             pieces.append(piece)
         return _unmark("".join(pieces))
     except TemplateLimit as error:
-        raise DataError(f"the chat template was stopped: {error}") from None
+        raise Stopped(f"the chat template was stopped: {error}") from None
     except SecurityError as error:
         raise DataError(f"the chat template was stopped: it reaches for what no template may have: {error}") from None
     except RecursionError:
-        raise DataError("the chat template was stopped: it calls itself without an end") from None
+        raise Stopped("the chat template was stopped: it calls itself without an end") from None
     except Exception as error:  # a template can raise whatever it likes
         said = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
         raise DataError(f"the chat template cannot write this conversation: {said:.500}") from None
@@ -189,8 +194,6 @@ class _Environment(ImmutableSandboxedEnvironment):
     def __init__(self, values: Mapping[str, Any]):
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, finalize=_written, extensions=[_Generation, loopcontrols])
         self.filters = {name: function for name, function in self.filters.items() if name not in LEFT_OUT} | {"tojson": _tojson}
-        del self.globals["lipsum"]
-        self.globals |= {"raise_exception": _raise, "namespace": _Namespace, "dict": lambda *pairs, **named: dict(*pairs, **named)}
         self.concat = lambda pieces: self.joined("", pieces)  # type: ignore[assignment]
         self.deadline = time.thread_time() + MAX_SECONDS
         self.total = self.written = 0
@@ -253,12 +256,13 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     # What a template does.
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (named as in jinja, so that any keyword can be passed)
+    # Two underscores, as in jinja, so that a template can pass any keyword.
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __self.tick()
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str | bytes | int | float | list | tuple | dict | range):
             args = __self._method(owner, __obj.__name__, args, kwargs)
-        return __self.made(super(_Environment, __self).call(__context, __obj, *args, **kwargs))
+        return __self.made(super().call(__context, __obj, *args, **kwargs))
 
     def _method(self, owner: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> tuple:
         """Check a method of a plain value before it runs; returns its arguments, which `join` has to read once."""
@@ -272,7 +276,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             self.spend(sum(self.weigh(item) for item in args[0]) + len(owner) * len(args[0]))
         return args
 
-    def filtered(__self, __context: Context, __name: str, __value: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def filtered(__self, __context: Context, __name: str, __value: Any, *args: Any, **kwargs: Any) -> Any:
         """A filter by name; jinja's `map` and `select` come here too, through `call_filter`."""
         return __self.call_filter(__name, __value, args, kwargs, __context)
 
@@ -345,11 +349,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _formatted(self, text: str, values: Iterable[Any]) -> None:
         """Bound what formatting can give: widths as written, and every place taken by the largest value."""
-        if "*" in text or re.search(r"\{[^}]*\{", text):
+        text = text.replace("{{", "")
+        places = re.findall(r"%(?:\([^)]*\))?[^a-zA-Z%]*|\{[^{}]*", text)
+        if any("*" in place and place[0] == "%" for place in places) or re.search(r"\{[^}]*\{", text):
             raise TemplateLimit("it formats with a computed width")
-        widths = sum(min(int(digits[:9]), MAX_VALUE) for digits in re.findall(r"\d+", text))
-        places = text.count("%") + text.count("{")
-        self.spend(len(text) + widths + places * max((self.weigh(value) for value in values), default=0))
+        widths = sum(min(int(digits[:9]), MAX_VALUE) for place in places for digits in re.findall(r"\d+", place))
+        self.spend(len(text) + widths + len(places) * max((self.weigh(value) for value in values), default=0))
 
 
 @pass_context
@@ -370,9 +375,14 @@ def numbers(values: Iterable[Any]) -> None:
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:  # noqa: FBT001
     """As transformers writes JSON: nothing is escaped for HTML."""
-    if isinstance(indent, int) and indent > 16 or any(isinstance(part, str) and len(part) > 16 for part in (indent, *(separators or ()))):
+    if (isinstance(indent, int) and indent > 16) or any(isinstance(part, str) and len(part) > 16 for part in (indent, *(separators or ()))):
         raise TemplateLimit("it indents JSON by more than 16")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _dict(*pairs: Any, **named: Any) -> dict[str, Any]:
+    """In place of the class, which has attributes."""
+    return dict(*pairs, **named)
 
 
 def _raise(message: str) -> None:

@@ -28,10 +28,12 @@ NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_t
 
 
 class Tokenizer:
-    """A tokenizer: `vocab_size` ids, of which `special` never come from ordinary text; `added` are the tokens found before anything is split; `bos`, `eos`, `unk`, `pad` are ids or None.
+    """A tokenizer: ids from 0 to `vocab_size` - 1; `bos`, `eos`, `unk`, `pad` are ids or None.
 
-    `missing_bytes` have no token: like the model's own tokenizer this one leaves them out (SmolLM2 lacks six control characters).
-    `add_bos` and `add_eos` are its habits for plain text. `config` is what tokenizer_config.json says, without a template.
+    `added` tokens (id to text) are found before anything is split; those of them that are `special` never come from ordinary
+    text. `missing_bytes` have no token: like the model's own tokenizer this one leaves them out (SmolLM2 lacks six control
+    characters). `add_bos` and `add_eos` are its habits for plain text. `config` is what tokenizer_config.json says, without
+    a template.
     """
 
     def __init__(self, engine: tokenizers.Tokenizer, config: Mapping[str, Any], *, where: str):
@@ -143,6 +145,8 @@ class Tokenizer:
         known = {token.content: token.special for token in self._engine.get_added_tokens_decoder().values()}
         extra = self.config.get("extra_special_tokens") or {}
         others = [*(self.config.get("additional_special_tokens") or ()), *(extra.values() if isinstance(extra, dict) else extra)]
+        listed = self.config.get("added_tokens_decoder") or {}  # version 4's copy of what tokenizer.json should hold
+        others += [token for token in listed.values() if isinstance(token, dict) and token.get("special")]
         for text in dict.fromkeys([*names.values(), *filter(None, map(content_of, others))]):
             if known.get(text) is not True:
                 if self._engine.token_to_id(text) is None:
@@ -199,7 +203,7 @@ def _parse(text: str, *, where: str) -> tokenizers.Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in the engine is no Exception
-        raise FileError(f"{where}: not a tokenizer: {str(error):.200}; the file is damaged: fetch it again") from None
+        raise FileError(f"{where}: not a tokenizer: {error!s:.200}; the file is damaged: fetch it again") from None
 
 
 def _state(part: Any) -> dict[str, Any] | None:

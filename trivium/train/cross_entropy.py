@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import native
+
 CHUNK = 1 << 20  # logits upcast at a time: 4 MB, which stays in the cache
 
 
@@ -23,6 +25,8 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, *, label_smoothing: float 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        if native.takes(logits):
+            return _CrossEntropySum.native(ctx, logits.contiguous(), labels.contiguous(), smoothing)
         rows, vocab = logits.shape
         dtype = torch.promote_types(logits.dtype, torch.float32)
         wants_grad = ctx.needs_input_grad[0]
@@ -43,6 +47,14 @@ class _CrossEntropySum(torch.autograd.Function):
         if grad is not None:
             ctx.save_for_backward(grad)
         return loss
+
+    @staticmethod
+    def native(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        grad = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        losses = native.cross_entropy(logits, labels, label_smoothing=smoothing, grad=grad)
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:

@@ -12,13 +12,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializeAsAny
 from torch import nn
 
 from ..core.config import diff
@@ -32,12 +32,13 @@ from ..optim.optimizers import Optimizer
 from ..optim.schedules import Schedule
 from . import checkpoint, history
 from .objectives import Objective
+from .trackers import TensorBoard, Tracker, Trackers, flat
 
 if TYPE_CHECKING:
     from ..data.batch import Batch
 
 # What may change between a run and its resumption, because no later row or weight depends on it.
-FREE = ("save_every", "keep_last")
+FREE = ("save_every", "keep_last", "track")
 
 
 class TrainConfig(Spec):
@@ -53,6 +54,7 @@ class TrainConfig(Spec):
     validate_every: int | None = Field(None, gt=0, description="updates between validations; none given: after the last one only")
     save_every: int | None = Field(None, gt=0, description="updates between checkpoints; none given: after the last one only")
     keep_last: int | None = Field(2, gt=0, description="how many checkpoints stay; null: all")
+    track: tuple[SerializeAsAny[Tracker], ...] = Field((TensorBoard(),), description="where numbers go beside metrics.jsonl")
 
 
 class Source(Protocol):
@@ -123,13 +125,15 @@ def fit(
         checkpoint.prune(directory, step, keep=config.keep_last)  # the save may have been the last thing done
         update = _Update(model, masters, batches, objective=objective, schedule=schedule, config=config, total=total)
         saved = directory / f"checkpoint-{step}"
-        with history.History(directory, step=step) as rows, log.progress("training", total - step) as progress:
+        tracked = Trackers(config.track if step < total else (), directory, step=step, config=about)
+        with closing(tracked), history.History(directory, step=step) as rows, log.progress("training", total - step) as progress:
             while step < total:
                 row = update(step)
                 step += 1
                 if validate is not None and _due(step, config.validate_every, total):
                     row["validation"] = _validate(model, validate)
                 rows.append(row)
+                tracked.row(row)
                 progress.advance(1, **{name: row[name] for name in ("loss", "targets_per_second") if name in row})
                 if interrupted() or _due(step, config.save_every, total):
                     rows.sync()  # before the checkpoint that vouches for them
@@ -256,8 +260,7 @@ def _due(step: int, every: int | None, total: int) -> bool:
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """A row's numbers, those of validation as `validation.<name>`."""
-    inner = {f"validation.{name}": value for name, value in row.get("validation", {}).items()}
-    return {**{name: value for name, value in row.items() if isinstance(value, int | float)}, **inner}
+    return {name: value for name, value in flat(row).items() if isinstance(value, int | float)}
 
 
 @contextmanager

@@ -1,0 +1,323 @@
+"""SentencePiece's `.model` files (arXiv:1808.06226) as the engine that a tokenizer.json would give.
+
+The file is a protobuf message, of which the few fields needed are read here. BPE and unigram models with their
+normalization, byte fallback, dummy prefix and symbols become the same steps of the `tokenizers` engine. Word and
+character models, spaces at the end of words, and pieces switched off (type UNUSED) are left out.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from ..core.errors import FileError
+from .files import MAX_BYTES
+from .gguf_vocab import BYTE, CONTROL, MAX_TOKENS, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from .stream import SPACE
+
+NAME = "tokenizer.model"
+UNIGRAM, BPE = 1, 2  # TrainerSpec.model_type
+KINDS = {UNIGRAM: "unigram", BPE: "BPE", 3: "word", 4: "character"}
+NEVER = -1e6  # the score of a piece that text must not become; far below any sum of real scores
+
+
+@dataclass
+class Model:
+    """What a `.model` file says. `pieces` are (text, score, type); ids are places among them, -1 for none."""
+
+    pieces: list[tuple[str, float, int]] = field(default_factory=list)
+    kind: int = UNIGRAM
+    unk: int = 0
+    bos: int = 1
+    eos: int = 2
+    pad: int = -1
+    suffix: bool = False  # spaces are marked at the end of words
+    charsmap: bytes = b""
+    prefix: bool = True  # a space is put before the text
+    squeeze: bool = True  # spaces at the ends go, and of several one is left
+    escape: bool = True  # spaces are spelled SPACE
+
+
+def load(file: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """The engine, and what tokenizer_config.json would say, of a `.model` file. Raises `FileError`."""
+    file = Path(file)
+    try:
+        size = file.stat().st_size
+        if size > MAX_BYTES:
+            raise FileError(f"{file}: larger than {MAX_BYTES >> 20} MiB, which no tokenizer is")
+        return build(parse(file.read_bytes(), where=str(file)), where=str(file))
+    except OSError as error:
+        raise FileError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+# The message
+
+
+def parse(data: bytes, *, where: str) -> Model:
+    """The message ModelProto. Raises `FileError` for what is damaged."""
+    model = Model()
+    for number, value in _fields(data, where):
+        if number == 1:
+            model.pieces.append(_piece(_bytes(value, where), where))
+            if len(model.pieces) > MAX_TOKENS:
+                raise _damaged(where, f"more than {MAX_TOKENS} pieces")
+        elif number == 2:
+            _trainer(model, _bytes(value, where), where)
+        elif number == 3:
+            _normalizer(model, _bytes(value, where), where)
+    if not model.pieces:
+        raise _damaged(where, "it has no pieces")
+    return model
+
+
+def _piece(data: bytes, where: str) -> tuple[str, float, int]:
+    text, score, type = "", 0.0, NORMAL
+    for number, value in _fields(data, where):
+        if number == 1:
+            text = _text(value, where)
+        elif number == 2:
+            score = struct.unpack("<f", _bytes(value, where, size=4))[0]
+        elif number == 3:
+            type = _number(value, where)
+    if not text or not -1e30 < score < 1e30 or type not in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE):
+        raise _damaged(where, f"a piece {text!r:.40} with score {score} and type {type}")
+    return text, score, type
+
+
+def _trainer(model: Model, data: bytes, where: str) -> None:
+    for number, value in _fields(data, where):
+        if number == 3:
+            model.kind = _number(value, where)
+        elif number == 24:
+            model.suffix = bool(_number(value, where))
+        elif number in (40, 41, 42, 43):
+            setattr(model, {40: "unk", 41: "bos", 42: "eos", 43: "pad"}[number], _number(value, where))
+
+
+def _normalizer(model: Model, data: bytes, where: str) -> None:
+    for number, value in _fields(data, where):
+        if number == 2:
+            model.charsmap = _bytes(value, where)
+        elif number in (3, 4, 5):
+            setattr(model, {3: "prefix", 4: "squeeze", 5: "escape"}[number], bool(_number(value, where)))
+
+
+def _fields(data: bytes, where: str) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of one message: numbers as unsigned, all else as bytes."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at, where)
+        match key & 7:
+            case 0:
+                value, at = _varint(data, at, where)
+                yield key >> 3, value
+                continue
+            case 1:
+                size = 8
+            case 2:
+                size, at = _varint(data, at, where)
+            case 5:
+                size = 4
+            case wire:
+                raise _damaged(where, f"wire type {wire} at byte {at}")
+        if size > len(data) - at:
+            raise _damaged(where, f"a field of {size} bytes where {len(data) - at} are left")
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int, where: str) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            raise _damaged(where, "it ends inside a number")
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    raise _damaged(where, f"a number without end at byte {at}")
+
+
+def _number(value: int | bytes, where: str) -> int:
+    """A signed 32-bit number."""
+    if isinstance(value, bytes):
+        raise _damaged(where, "bytes where a number belongs")
+    low = value & 0xFFFFFFFF
+    return low - (1 << 32) if low >> 31 else low
+
+
+def _bytes(value: int | bytes, where: str, *, size: int | None = None) -> bytes:
+    if not isinstance(value, bytes) or size not in (None, len(value)):
+        raise _damaged(where, "a number where bytes belong")
+    return value
+
+
+def _text(value: int | bytes, where: str) -> str:
+    try:
+        return _bytes(value, where).decode()
+    except UnicodeDecodeError:
+        raise _damaged(where, f"a piece that is not UTF-8: {value!r:.40}") from None
+
+
+def _damaged(where: str, why: str) -> FileError:
+    return FileError(f"{where}: not a SentencePiece model: {why}; the file is damaged: fetch it again")
+
+
+# The engine
+
+
+def build(model: Model, *, where: str) -> tuple[Tokenizer, dict[str, Any]]:
+    """The engine that does what `model` says, and what tokenizer_config.json would say. Raises `FileError`."""
+    vocab = {text: id for id, (text, _, _) in enumerate(model.pieces)}
+    if len(vocab) != len(model.pieces):
+        raise _damaged(where, f"{len(model.pieces) - len(vocab)} pieces stand there twice")
+    _check(model, where)
+    engine = Tokenizer(_bpe(model, vocab) if model.kind == BPE else _unigram(model))
+    symbols = [text for text, _, type in model.pieces if type == USER_DEFINED]
+    prefix = bool(symbols) and model.prefix  # put there by the pre-tokenizer, which knows where a text begins
+    steps = [*_normalization(model, where), *_spaces(model, symbols)]
+    engine.normalizer = normalizers.Sequence(steps)
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _exposed(model)]
+    if prefix:
+        splits.insert(0, pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
+    if splits:
+        engine.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    engine.decoder = decoders.Sequence(
+        [
+            *(decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()),
+            *([decoders.Strip(" ", 1, 0)] if model.prefix or model.squeeze else []),
+        ]
+    )
+    for text, _, type in model.pieces:
+        if type in (CONTROL, UNKNOWN):
+            engine.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+        elif type == USER_DEFINED:
+            engine.add_tokens([AddedToken(text, normalized=engine.normalizer.normalize_str(text) == text.replace(" ", SPACE))])
+    if engine.get_vocab_size() != len(vocab):
+        raise _damaged(where, "its symbols are not among its pieces")
+    config: dict[str, Any] = {"add_bos_token": False, "add_eos_token": False}
+    for name, id, type in (("bos", model.bos, CONTROL), ("eos", model.eos, CONTROL), ("unk", model.unk, UNKNOWN), ("pad", model.pad, CONTROL)):
+        if 0 <= id < len(model.pieces) and model.pieces[id][2] == type:
+            config[f"{name}_token"] = model.pieces[id][0]
+    return engine, config
+
+
+def _check(model: Model, where: str) -> None:
+    if model.kind not in (UNIGRAM, BPE):
+        raise FileError(f"{where}: a {KINDS.get(model.kind, model.kind)} model, which is not supported; unigram and BPE models are")
+    if model.suffix or not model.escape:
+        raise FileError(f"{where}: it {'marks spaces at the end of words' if model.suffix else 'keeps spaces as they are'}; this is not supported")
+    types = [type for _, _, type in model.pieces]
+    if UNUSED in types:
+        raise FileError(f"{where}: {types.count(UNUSED)} of its pieces are switched off (UNUSED); this is not supported")
+    if types.count(UNKNOWN) != 1:
+        raise _damaged(where, f"{types.count(UNKNOWN)} unknown pieces, where there is one")
+    if BYTE in types and not {f"<0x{byte:02X}>" for byte in range(256)} <= {text for text, _, type in model.pieces if type == BYTE}:
+        raise _damaged(where, "its bytes are not complete")
+
+
+def _bpe(model: Model, vocab: dict[str, int]) -> models.BPE:
+    pieces = model.pieces
+    usable = {text: (-score, id) for id, (text, score, type) in enumerate(pieces) if type == NORMAL}
+    merges = [
+        (text[:cut], text[cut:])
+        for text in sorted(usable, key=usable.__getitem__)
+        for cut in range(1, len(text))
+        if text[:cut] in usable and text[cut:] in usable
+    ]
+    return models.BPE(vocab=vocab, merges=merges, unk_token=_unknown(model), fuse_unk=True, byte_fallback=_falls_back(model))
+
+
+def _unigram(model: Model) -> models.Unigram:
+    """The engine looks for every piece in a text, so those that text must not become get a score that nothing else has."""
+    scored = [(text, score if type == NORMAL else NEVER) for text, score, type in model.pieces]
+    return models.Unigram(scored, unk_id=[type for _, _, type in model.pieces].index(UNKNOWN), byte_fallback=_falls_back(model))
+
+
+def _unknown(model: Model) -> str:
+    return next(text for text, _, type in model.pieces if type == UNKNOWN)
+
+
+def _falls_back(model: Model) -> bool:
+    return any(type == BYTE for _, _, type in model.pieces)
+
+
+def _exposed(model: Model) -> list[str]:
+    """Patterns that cut control pieces apart where they stand in a text, if the text could become them for want of their characters."""
+    if model.kind != UNIGRAM:
+        return []
+    normal = {text for text, _, type in model.pieces if type == NORMAL}
+    barred = [text for text, _, type in model.pieces if type not in (NORMAL, USER_DEFINED)]
+    found = [text for text in barred if len(text) > 1 and not normal.issuperset(text)]
+    return ["|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in found)] if found else []
+
+
+def _spaces(model: Model, symbols: Sequence[str]) -> list[normalizers.Normalizer]:
+    """What happens to spaces, in SentencePiece's order."""
+    steps: list[normalizers.Normalizer] = []
+    squeeze = [(r"\A +", ""), (" {2,}", " ")] if model.squeeze else []
+    if symbols and model.prefix:
+        # The pre-tokenizer puts a space before a text that has none: one is left or put where it would find one, or a symbol.
+        names = "|".join(map(re.escape, symbols))
+        ahead = rf"\A(?=[ {SPACE}]|{names})(?!(?:{names})\z)" if not model.squeeze else rf"\A(?={SPACE}|{names})(?!(?:{names})\z)"
+        squeeze = [(r" {2,}", " ")] if model.squeeze else []
+        steps += [normalizers.Replace(Regex(pattern), with_) for pattern, with_ in squeeze]
+        steps += [normalizers.Replace(Regex(ahead), " ")]
+    else:
+        steps += [normalizers.Replace(Regex(pattern), with_) for pattern, with_ in squeeze]
+        steps += [normalizers.Prepend(SPACE)] if model.prefix else []
+    steps.append(normalizers.Replace(" ", SPACE))
+    return [*steps, normalizers.Replace(Regex(rf"{SPACE}+\z"), "")] if model.squeeze else steps
+
+
+def _normalization(model: Model, where: str) -> list[normalizers.Normalizer]:
+    if not model.charsmap:
+        return []
+    check_charsmap(model.charsmap, where=where)
+    return [normalizers.Precompiled(model.charsmap)]
+
+
+def check_charsmap(data: bytes, *, where: str) -> None:
+    """Walk the double-array trie of a normalization once, so that nothing in a text can lead out of it. Raises `FileError`.
+
+    It is a little-endian size, that many bytes of 32-bit units, and the replacements, each ended by a zero byte.
+    """
+    size = int.from_bytes(data[:4], "little")
+    if not 4 <= size <= len(data) - 4 or size % 4:
+        raise _damaged(where, "its normalization is cut off")
+    units = np.frombuffer(data, "<u4", size // 4, 4).astype(np.int64)
+    replacements = data[4 + size :]
+    try:
+        replacements.decode()
+    except UnicodeDecodeError:
+        raise _damaged(where, "its normalization is not UTF-8") from None
+    offsets = (units >> 10) << ((units & (1 << 9)) >> 6)
+    labels = np.arange(1, 256)
+    seen = np.zeros(len(units), bool)
+    frontier, values = offsets[:1], []
+    while len(frontier):
+        if frontier.max() >= len(units):
+            raise _damaged(where, "its normalization leads out of its table")
+        seen[frontier] = True
+        ways = frontier[:, None] ^ labels
+        if ways.max() >= len(units):
+            raise _damaged(where, "its normalization leads out of its table")
+        taken = (units[ways] & ((1 << 31) | 0xFF)) == labels
+        nodes = ways[taken]
+        after = nodes ^ offsets[nodes]
+        leaves = after[(units[nodes] >> 8) & 1 == 1]
+        if len(after) and after.max() >= len(units):
+            raise _damaged(where, "its normalization leads out of its table")
+        values.append(units[leaves] & 0x7FFFFFFF)
+        frontier = np.unique(after[~seen[after]])
+    starts = np.unique(np.concatenate(values)) if values else np.zeros(0, np.int64)
+    if len(starts) and (starts.max() >= len(replacements) or any(replacements[start] & 0xC0 == 0x80 for start in starts)):
+        raise _damaged(where, "its normalization has a replacement that is none")
