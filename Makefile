@@ -44,7 +44,7 @@ clean:
 # The marks are written last, so that an interrupted installation starts again.
 .venv/installed: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "installing trivium into .venv (torch is large: a few minutes)"
-	$(PIP) --editable .
+	$(PIP) --editable '.[demo]'
 	@touch $@
 
 .venv/installed-test: pyproject.toml constraints.txt | .venv/installed

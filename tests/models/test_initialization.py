@@ -82,7 +82,7 @@ def test_kaiming_keeps_variance_through_48_layers_without_norms_or_residuals():
     block = Block(ffn=MLP(hidden=512, activation=ReLU(), gated=False), norm={"kind": "none"}, residual={"kind": "none"})
     spec = Transformer(dim=256, vocab=512, layers="48*a", blocks={"a": block})
     kaiming = spread(initialize(build(spec, device="cpu"), seed=0, start="kaiming", std=1.0))
-    assert all(1 / 3 < value / kaiming[0] < 3 for value in kaiming)
+    assert all(1 / 4 < value / kaiming[0] < 4 for value in kaiming)
     xavier = spread(initialize(build(spec, device="cpu"), seed=0, start="xavier", std=1.0))
     assert xavier[-1] / xavier[0] < 1e-6  # made for activations without a kink at zero
 

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
 
 from tests.nn.test_parts import draw, same_with_gradients
-from tests.parity.hf import redraw as redraw_theirs
+from tests.parity.hf import redraw as redraw_wide
 from tests.tiny import host, redraw, tiny, tokens
 from trivium.models.block import Block, Layer
 from trivium.models.transformer import Transformer, build, initialize
@@ -33,6 +33,15 @@ LLAMA_NAMES = {
     "mixer.inp.q": "self_attn.q_proj", "mixer.inp.k": "self_attn.k_proj", "mixer.inp.v": "self_attn.v_proj", "mixer.out": "self_attn.o_proj",
     "ffn.inp.gate": "mlp.gate_proj", "ffn.inp.up": "mlp.up_proj", "ffn.out": "mlp.down_proj",
 }  # fmt: skip
+
+
+@torch.no_grad()
+def redraw_theirs(module: nn.Module) -> None:
+    """Every parameter anew, matrices small enough that values stay near 1 and differences are those of rounding."""
+    redraw_wide(module, seed=0)
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(0.4)
 
 
 def run(layer: Layer, x: torch.Tensor, *, causal: bool) -> torch.Tensor:
@@ -57,7 +66,7 @@ def test_pre_and_post_are_torchs(norm_first, activation):
     theirs = nn.TransformerEncoderLayer(
         24, 4, 40, dropout=0.0, activation=activation, batch_first=True, norm_first=norm_first, layer_norm_eps=1e-3
     )
-    redraw_theirs(theirs, seed=0)
+    redraw_theirs(theirs)
     block = Block(
         mixer=Attention(heads=4, kv_heads=4, head_dim=6, bias=("q", "k", "v", "out")),
         ffn=MLP(hidden=40, activation=ReLU() if activation == "relu" else GELU(), gated=False, bias=True),
@@ -70,7 +79,7 @@ def test_pre_and_post_are_torchs(norm_first, activation):
             state[f"{part}.{leaf}"] = rows
     names = {"mixer_norm": "norm1", "mixer.out": "self_attn.out_proj", "ffn_norm": "norm2", "ffn.inp.up": "linear1", "ffn.out": "linear2"}
     load(layer, state, names | {f"mixer.inp.{part}": part for part in "qkv"})
-    same_with_gradients(lambda x: run(layer, x, causal=False), theirs, draw(2, 9, 24), atol=5e-6)
+    same_with_gradients(lambda x: run(layer, x, causal=False), theirs, draw(2, 9, 24), atol=1e-6)
     for name, other in names.items():
         for leaf in ("weight", "bias"):
             a, b = layer.get_parameter(f"{name}.{leaf}").grad, theirs.get_parameter(f"{other}.{leaf}").grad
@@ -85,7 +94,7 @@ def transformers_layer(kind: type[nn.Module], config: object, x: torch.Tensor) -
     """The layer, redrawn, and a function of the stream alone."""
     config._attn_implementation = "eager"
     theirs = kind(config, 0).eval()
-    redraw_theirs(theirs, seed=0)
+    redraw_theirs(theirs)
     count = x.shape[1]
     turns = LlamaRotaryEmbedding(config)(x, torch.arange(count)[None])
     mask = torch.full((count, count), float("-inf")).triu(1)[None, None]
@@ -135,7 +144,7 @@ def test_sandwich_is_gemma2s():
         "ffn_out_norm": "post_feedforward_layernorm",
     }
     load(layer, theirs.state_dict(), LLAMA_NAMES | norms)
-    same_with_gradients(lambda y: run(layer, y, causal=True), call, x, atol=1e-5)
+    same_with_gradients(lambda y: run(layer, y, causal=True), call, x, atol=5e-6)
 
 
 def test_deep_norm_is_post_with_a_smaller_branch():

@@ -245,10 +245,16 @@ def test_stops_and_what_disagrees(smollm2: Prompt) -> None:
 def test_what_a_template_drops_is_an_error(smollm2: Prompt) -> None:
     thought = [*talk("hi"), {"role": "assistant", "content": "yo", "reasoning_content": "hmm"}]
     later = [*talk("hi", "yo"), {"role": "system", "content": "S"}, *talk("more", "end")]
+    parallel = calling()
+    parallel[1]["tool_calls"] *= 2
+    assert trained(prompt("qwen3"), prompt("qwen3").rows(parallel)[0]).count("weather") == 2
     cases: list[tuple[str, Prompt, list[dict], dict[str, Any]]] = [
         ("tools", smollm2, talk("hi", "yo"), {"tools": TOOLS}),
         ("thoughts", smollm2, thought, {}),
         ("calls", prompt("llama3"), calling(content="x"), {}),
+        ("calls with content", prompt("deepseek_v3"), calling(content="x"), {}),
+        ("calls with content", prompt("gptoss"), calling(content="x"), {}),
+        ("parallel calls", prompt("gptoss"), parallel, {}),
         ("later system", prompt("gemma3"), later, {}),
         ("developer", prompt("qwen3"), [{"role": "developer", "content": "S"}, *talk("hi", "yo")], {}),
         ("thoughts", prompt("deepseek_v3"), thought, {}),

@@ -38,6 +38,7 @@ class Command:
 COMMANDS = (
     Command("demo", "trivium.cli.demo:demo", "A real model learns a task, proves it, and goes out.", "trivium.recipes.demo:Demo"),
     Command("pull", "trivium.cli.pull:pull", "Fetch a model by name, from a package, a hub or a path."),
+    Command("push", "trivium.cli.push:push", "Send a model to the hub, with a card."),
     Command("inspect", "trivium.cli.inspect:inspect", "What a model is: spec, layers, sizes, hashes, lineage; or how two differ."),
     Command("verify", "trivium.cli.verify:verify", "Compare a model with independent readers, and with itself."),
     Command("generate", "trivium.cli.generate:generate", "Continue a text.", "trivium.infer.sampling:Sampling"),

@@ -47,8 +47,9 @@ def inspect(
     from ..data.inspect import paint, spans
     from ..recipes.data import bank, text_side
 
+    named = _named(data)
     tokenizer, prompt = text_side(model)
-    found = bank(_named(data), prompt, length=length, format=format, turns=turns, max_dropped=None, max_empty=None)
+    found = bank(named, prompt, length=length, format=format, turns=turns, max_dropped=None, max_empty=None)
     shown = [spans(found, row, tokenizer) for row in range(min(rows, len(found)))]
     if json:
         answer({**count(found).to_dict(), "shown": [[[span.text, span.trained] for span in row] for row in shown]}, as_json=True)
@@ -102,9 +103,10 @@ def prepare(
     from ..data.inspect import inspect as count
     from ..recipes.data import bank, text_side
 
+    named = _named(data)
     _, prompt = text_side(model)
     found = bank(
-        _named(data), prompt, length=length, format=format, turns=turns, too_long=too_long, max_dropped=max_dropped, max_empty=max_empty
+        named, prompt, length=length, format=format, turns=turns, too_long=too_long, max_dropped=max_dropped, max_empty=max_empty
     )
     path = None if dry_run else str(found.save(out))
     if json:

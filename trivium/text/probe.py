@@ -24,6 +24,7 @@ TOOL = {
         "parameters": {"type": "object", "properties": {KEY: {"type": "string", "description": SAID}}, "required": [KEY]},
     },
 }
+THOUGHT = {"thinking": SAID, "reasoning_content": SAID}
 JSON = re.compile(rf'"{KEY}"\s*:\s*"{VALUE}"')
 
 Write = Callable[..., str]  # (messages, *, tools, generate) -> text
@@ -47,7 +48,8 @@ class Probe:
         self._forms: Forms | bool | None = False  # False: not asked yet
 
     def expresses(self, what: str) -> bool:
-        """Whether the template writes `what`: tools, calls, thoughts, a role's turn at the start (`system`) or later (`later system`)."""
+        """Whether the template writes `what`: tools, thoughts, calls (`parallel calls`, `calls with content`, `calls with thoughts`),
+        results (`tool`), a role's turn at the start (`system`) or later (`later system`)."""
         if what not in self._answers:
             self._answers[what] = self._ask(what)
         return self._answers[what]
@@ -81,8 +83,13 @@ class Probe:
             case "calls":
                 return self.forms() is not None
             case "thoughts":
-                thoughts = {"thinking": SAID, "reasoning_content": SAID}
-                return SAID in self._text([USER, {**ANSWER, **thoughts}])
+                return SAID in self._text([USER, {**ANSWER, **THOUGHT}])
+            case "calls with content":
+                return self._beside_a_call({"content": SAID}, SAID)
+            case "calls with thoughts":
+                return self._beside_a_call(THOUGHT, SAID)
+            case "parallel calls":
+                return self._beside_a_call({}, CALLED, calls=2)
             case "tool":
                 forms = self.forms()
                 turns = [
@@ -94,6 +101,14 @@ class Probe:
             case _ if what.startswith("later "):
                 return SAID in self._text([USER, ANSWER, *said, USER], generate=True)
         return SAID in self._text([*said, USER], generate=True)
+
+    def _beside_a_call(self, more: dict[str, Any], found: str, *, calls: int = 1) -> bool:
+        """Whether a turn of calls with `more` to it shows `found`, once for each call, and the arguments of each."""
+        if (forms := self.forms()) is None:
+            return False
+        turn = call(forms)
+        text = self._text([USER, {**turn, **more, "tool_calls": turn["tool_calls"] * calls}])
+        return text.count(found) >= calls and text.count(VALUE) >= calls
 
     def _find_forms(self) -> Forms | None:
         contents: list[tuple[str | None, bool]] = [(None, True), ("", False), (None, False)]

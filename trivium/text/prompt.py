@@ -25,6 +25,17 @@ from .tokenizer import CONFIG, NAMED, Tokenizer, content_of
 TEMPLATE = "chat_template.jinja"
 TAKEN = ("messages", "tools", "add_generation_prompt", "documents")  # variables that are not the user's to set
 
+# What templates may not be able to write, as `accept` names it and as an error says it.
+WORDS = {
+    "tools": "the tools on offer",
+    "tool": "the results of tools",
+    "thoughts": "thoughts (reasoning_content)",
+    "calls": "tool calls",
+    "parallel calls": "all calls of a turn but one",
+    "calls with content": "calls, or the content beside them",
+    "calls with thoughts": "calls, or the thoughts before them",
+}
+
 
 @dataclass
 class Row:
@@ -39,7 +50,8 @@ class Prompt:
 
     `stops`: ids that end an answer. `notes`: sentences for the user about what disagrees. `special`: what becomes of strings
     in content that control the model, `refuse` (an error) or `text` (encoded as plain text). `accept`: what may be dropped
-    although the template cannot express it: tools, calls, thoughts, arguments, or a role's turns (`tool`, `later system`).
+    although the template cannot express it: any of `WORDS`, template arguments (`arguments`), or a role's turns, at the start
+    (`developer`) or later (`later system`).
     `arguments` are the template's, unless a call says otherwise; a `date` is recorded where the template writes one.
     """
 
@@ -223,7 +235,8 @@ class Prompt:
         for what in dict.fromkeys(_used(said, offered)):
             if what not in self.accept and not self._probe.expresses(what):
                 raise DataError(
-                    f"the chat template drops {_words(what)}; leave them out, or accept that they are dropped (accept: {what})", field=what
+                    f"the chat template drops {WORDS.get(what, f'a {what} turn')}; leave them out, or accept that they are dropped (accept: {what})",
+                    field=what,
                 )
         forms = self._probe.forms()
         for index, message in enumerate(said):
@@ -320,24 +333,19 @@ def _used(said: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> Iterator[s
         yield "tools"
     for index, message in enumerate(said):
         if message["role"] == "assistant":
-            if message.get("tool_calls"):
+            calls = message.get("tool_calls")
+            if calls:
                 yield "calls"
+            if calls and len(calls) > 1:
+                yield "parallel calls"
+            if calls and str(message.get("content") or "").strip():
+                yield "calls with content"
             if message.get("reasoning_content"):
-                yield "thoughts"
+                yield "calls with thoughts" if calls else "thoughts"
         elif message["role"] == "tool":
             yield "tool"
         elif message["role"] != "user":
             yield message["role"] if index == 0 else f"later {message['role']}"
-
-
-def _words(what: str) -> str:
-    known = {
-        "tools": "the tools on offer",
-        "calls": "tool calls",
-        "thoughts": "thoughts (reasoning_content)",
-        "tool": "the results of tools",
-    }
-    return known.get(what, f"a {what} turn")
 
 
 def _common(one: str, other: str) -> int:

@@ -25,6 +25,7 @@ from .stream import SPACE
 NAME = "tokenizer.model"
 UNIGRAM, BPE = 1, 2  # TrainerSpec.model_type
 KINDS = {UNIGRAM: "unigram", BPE: "BPE", 3: "word", 4: "character"}
+ALONE = "\ufff8"  # a code point without a character, which no grapheme crosses and no text holds
 NEVER = -1e6  # the score of a piece that text must not become; far below any sum of real scores
 
 
@@ -181,7 +182,10 @@ def build(model: Model, *, where: str) -> tuple[Tokenizer, dict[str, Any]]:
         raise _damaged(where, f"{len(model.pieces) - len(vocab)} pieces stand there twice")
     _check(model, where)
     engine = Tokenizer(_bpe(model, vocab) if model.kind == BPE else _unigram(model))
+    kept = normalizers.Sequence([*_normalization(model, where), *_spaces(model, ())])
     symbols = [text for text, _, type in model.pieces if type == USER_DEFINED]
+    # A unigram model weighs its symbols against other pieces; only those that normalization would change stand apart.
+    if model.kind == UNIGRAM: symbols = [text for text in symbols if kept.normalize_str(f"x{text}x") != f"x{text}x"]
     prefix = bool(symbols) and model.prefix  # put there by the pre-tokenizer, which knows where a text begins
     steps = [*_normalization(model, where), *_spaces(model, symbols)]
     engine.normalizer = normalizers.Sequence(steps)
@@ -199,8 +203,8 @@ def build(model: Model, *, where: str) -> tuple[Tokenizer, dict[str, Any]]:
     for text, _, type in model.pieces:
         if type in (CONTROL, UNKNOWN):
             engine.add_special_tokens([AddedToken(text, special=True, normalized=False)])
-        elif type == USER_DEFINED:
-            engine.add_tokens([AddedToken(text, normalized=engine.normalizer.normalize_str(text) == text.replace(" ", SPACE))])
+        elif text in symbols:
+            engine.add_tokens([AddedToken(text, normalized=engine.normalizer.normalize_str(text) == text)])
     if engine.get_vocab_size() != len(vocab):
         raise _damaged(where, "its symbols are not among its pieces")
     config: dict[str, Any] = {"add_bos_token": False, "add_eos_token": False}
@@ -238,7 +242,12 @@ def _bpe(model: Model, vocab: dict[str, int]) -> models.BPE:
 
 def _unigram(model: Model) -> models.Unigram:
     """The engine looks for every piece in a text, so those that text must not become get a score that nothing else has."""
-    scored = [(text, score if type == NORMAL else NEVER) for text, score, type in model.pieces]
+    highest = max((score for _, score, type in model.pieces if type == NORMAL), default=0.0)
+    scored = []
+    for text, score, type in model.pieces:
+        if type == USER_DEFINED:
+            score = len(text.encode()) * highest - 0.1
+        scored.append((text, score if type in (NORMAL, USER_DEFINED) else NEVER))
     return models.Unigram(scored, unk_id=[type for _, _, type in model.pieces].index(UNKNOWN), byte_fallback=_falls_back(model))
 
 
@@ -282,7 +291,12 @@ def _normalization(model: Model, where: str) -> list[normalizers.Normalizer]:
     if not model.charsmap:
         return []
     check_charsmap(model.charsmap, where=where)
-    return [normalizers.Precompiled(model.charsmap)]
+    table = normalizers.Precompiled(model.charsmap)
+    composes = table.normalize_str("e\u0301") == "\u00e9"
+    # The engine looks a whole grapheme up and takes what the table says of its beginning: marks would be lost. So each
+    # character stands alone there, and what the table would have composed is composed before.
+    apart = normalizers.Replace(Regex(r"(?!\A)(?=[^\x00-\x7F])|(?<=[^\x00-\x7F])(?!\z)|(?<=\r)(?=\n)"), ALONE)
+    return [*([normalizers.NFC()] if composes else []), apart, table, normalizers.Replace(ALONE, "")]
 
 
 def check_charsmap(data: bytes, *, where: str) -> None:
