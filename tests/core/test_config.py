@@ -250,3 +250,18 @@ def test_diff_shows_defaults_and_absent_sides():
         ("passes.0.betas", config.ABSENT, [0.9, 0.95]),
     ]
     assert config.diff({"a": 1, "b": True}, {"a": 1.0, "b": 1}) == [("a", 1, 1.0), ("b", True, 1)]
+
+
+def test_a_flag_for_words_is_taken_as_it_stands():
+    """Text that YAML would read as something else: a mapping, a comment, a number."""
+
+    class Words(Spec):
+        text: str = ""
+        maybe: str | None = "x"
+        many: tuple[str, ...] = ()
+
+    for text in ("{question}", "Q: x", "#", "2024", "null", "a, b", "[1]"):
+        assert config.resolve(Words, flags=[("text", text)]).spec.text == text
+    assert config.resolve(Words, flags=[("maybe", "null")]).spec.maybe is None
+    assert config.resolve(Words, flags=[("maybe", "Q: x")]).spec.maybe == "Q: x"
+    assert config.resolve(Words, flags=[("many", "[a, b]")]).spec.many == ("a", "b")

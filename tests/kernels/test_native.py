@@ -141,6 +141,16 @@ def test_causal_softmax_is_the_formula(dtype, time):
     near(native.causal_softmax_backward_(weights, grad.clone(), 0.3), torch.autograd.grad(want, wide, grad.double())[0].to(dtype), units=16)
 
 
+def test_causal_softmax_of_extremes():
+    """Scores so large that rounding them after scaling would leave some above their own maximum; infinities; NaN."""
+    inf, nan = float("inf"), float("nan")
+    scores = draw(64, 64, dtype=torch.float32, scale=1e15)
+    scores[40, :3], scores[41, 2], scores[42, 5], scores[43, 40] = -inf, nan, inf, nan
+    hidden = torch.ones(64, 64, dtype=torch.bool).triu(1)
+    want = torch.softmax((scores.double() * 0.3537).masked_fill(hidden, -inf), -1).float()
+    torch.testing.assert_close(native.causal_softmax_(scores.clone(), 0.3537).tril(), want.tril(), equal_nan=True)
+
+
 @DTYPES
 @pytest.mark.parametrize("layout", ["heads first", "time first"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (3, 3), (4, 1)])

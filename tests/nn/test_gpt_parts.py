@@ -28,14 +28,6 @@ from trivium.nn.norms import Layer
 from trivium.nn.positions_absolute import Learned, Sinusoidal
 from trivium.nn.step import Step
 
-LAYER_NORM = pytest.mark.concept("T01.07", "T17.02", part="nn/norms.py")
-MLPS = pytest.mark.concept("T01.05", part="nn/feedforward.py")
-GELUS = pytest.mark.concept("T16.02", part="nn/activations.py")
-RELUS = pytest.mark.concept("T16.04", part="nn/activations.py")
-LEARNED = pytest.mark.concept("T02.02", part="nn/positions_absolute.py")
-SINUSOIDAL = pytest.mark.concept("T02.03", part="nn/positions_absolute.py")
-ORDER = pytest.mark.concept("T01.08", part="nn/positions_absolute.py")
-
 
 def by_hand(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
     """The definition, in float64."""
@@ -44,7 +36,7 @@ def by_hand(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: floa
     return centered / (centered.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double() + bias.double()
 
 
-@LAYER_NORM
+@pytest.mark.concept("T01.07", "T17.02", part="nn/norms.py")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("eps", [1e-5, 0.1])
 def test_layer_norm_is_its_definition_and_torchs(eps, bias):
@@ -64,7 +56,7 @@ def test_layer_norm_is_its_definition_and_torchs(eps, bias):
     assert torch.autograd.gradcheck(redraw(Layer(eps=eps, bias=bias).build(4).double()), draw(2, 3, 4).double().requires_grad_())
 
 
-@LAYER_NORM
+@pytest.mark.concept("T01.07", "T17.02", part="nn/norms.py")
 @pytest.mark.parametrize(
     ("dtype", "offset", "atol"), [(torch.float16, 500.0, 2e-3), (torch.bfloat16, 30.0, 2e-2), (torch.float32, 1e4, 5e-4)]
 )
@@ -77,7 +69,7 @@ def test_layer_norm_holds_far_from_zero(dtype, offset, atol):
     assert torch.equal(norm(still), norm.bias[None]), "no variance: the bias alone, and no division by zero"
 
 
-@LAYER_NORM
+@pytest.mark.concept("T01.07", "T17.02", part="nn/norms.py")
 @settings(max_examples=20)
 @given(st.integers(0, 6), st.integers(1, 7))
 def test_layer_norm_sees_one_token_alone(row, size):
@@ -86,7 +78,7 @@ def test_layer_norm_sees_one_token_alone(row, size):
     assert torch.equal(norm(x[:size]), norm(x)[:size])
 
 
-@MLPS
+@pytest.mark.concept("T01.05", part="nn/feedforward.py")
 @pytest.mark.parametrize("bias", [False, True])
 def test_plain_mlp_equals_torchs(bias):
     ours = redraw(MLP(hidden=48, activation=ReLU(), gated=False, bias=bias).build(12))
@@ -100,7 +92,7 @@ def test_plain_mlp_equals_torchs(bias):
         assert sum(p.numel() for p in ours.parameters()) == 8 * 12 * 12
 
 
-@MLPS
+@pytest.mark.concept("T01.05", part="nn/feedforward.py")
 @pytest.mark.parametrize(("name", "approximate"), [("gelu_new", "tanh"), ("gelu", "none")])
 def test_plain_mlp_equals_gpt2s(name, approximate):
     ours = redraw(MLP(hidden=20, activation=GELU(approximate=approximate), gated=False, bias=True).build(12))
@@ -112,28 +104,28 @@ def test_plain_mlp_equals_gpt2s(name, approximate):
     same_with_gradients(lambda x: ours(x, step_for(5, 2)), theirs, draw(2, 5, 12), atol=2e-6)
 
 
-@MLPS
+@pytest.mark.concept("T01.05", part="nn/feedforward.py")
 def test_an_mlp_works_on_each_position_alone():
     for mlp in (MLP(hidden=48, activation=ReLU(), gated=False), MLP(hidden=48)):
         ours, x, order = redraw(mlp.build(12)), draw(2, 5, 12), torch.tensor([3, 0, 4, 1, 2])
         torch.testing.assert_close(ours(x, step_for(5, 2))[:, order], ours(x[:, order], step_for(5, 2)))
 
 
-@MLPS
+@pytest.mark.concept("T01.05", part="nn/feedforward.py")
 def test_mlps_are_two_thirds_of_the_parameters_of_gpt2s_layers():
     layer = build(presets.get("gpt2")()).layers[0]
     share = sum(p.numel() for p in layer.ffn.parameters()) / sum(p.numel() for p in layer.parameters())
     assert abs(share - 2 / 3) < 0.01
 
 
-@GELUS
+@pytest.mark.concept("T16.02", part="nn/activations.py")
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_equals_torchs(approximate):
     x = torch.linspace(-9, 9, 601)
     same_with_gradients(GELU(approximate=approximate).build(), lambda y: F.gelu(y, approximate=approximate), x)
 
 
-@GELUS
+@pytest.mark.concept("T16.02", part="nn/activations.py")
 def test_gelu_is_x_times_phi_and_its_approximations_are_as_far_off_as_they_say():
     x = torch.linspace(-9, 9, 601, dtype=torch.float64)
     phi = 0.5 * (1 + torch.tensor([math.erf(v / math.sqrt(2)) for v in x.tolist()], dtype=torch.float64))
@@ -144,14 +136,14 @@ def test_gelu_is_x_times_phi_and_its_approximations_are_as_far_off_as_they_say()
         assert torch.autograd.gradcheck(GELU(approximate=approximate).build(), draw(7).double().requires_grad_())
 
 
-@GELUS
+@pytest.mark.concept("T16.02", part="nn/activations.py")
 def test_gelu_is_the_mean_of_a_dropout_that_looks_at_its_input():
     x = torch.linspace(-3, 3, 13)
     kept = torch.bernoulli(torch.special.ndtr(x).expand(200_000, -1), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close((x * kept).mean(0), GELU().build()(x), rtol=0, atol=1e-2)
 
 
-@RELUS
+@pytest.mark.concept("T16.04", part="nn/activations.py")
 def test_relu_equals_torchs():
     x = torch.tensor([-2.0, -0.0, 0.0, 1e-30, 3.0, math.inf], requires_grad=True)
     out = ReLU().build()(x)
@@ -213,8 +205,8 @@ def table(spec: Sinusoidal, dim: int, positions: torch.Tensor) -> torch.Tensor:
     return spec.build(dim)(step, torch.float32)
 
 
-@SINUSOIDAL
-@ORDER
+@pytest.mark.concept("T02.03", part="nn/positions_absolute.py")
+@pytest.mark.concept("T01.08", part="nn/positions_absolute.py")
 def test_sinusoidal_positions_are_the_closed_form():
     positions = torch.tensor([[0, 1, 2, 77], [1000, 9999, 54_321, 1_000_003]])
     out = table(Sinusoidal(), 32, positions)
@@ -229,7 +221,7 @@ def test_sinusoidal_positions_are_the_closed_form():
         Sinusoidal().build(33)
 
 
-@SINUSOIDAL
+@pytest.mark.concept("T02.03", part="nn/positions_absolute.py")
 def test_sinusoidal_positions_shift_by_a_linear_map_and_never_repeat():
     everything = table(Sinusoidal(), 64, torch.arange(10_000)[None])[0]
     for shift in (1, 13, 500):
@@ -239,7 +231,7 @@ def test_sinusoidal_positions_shift_by_a_linear_map_and_never_repeat():
     assert len(everything.unique(dim=0)) == 10_000
 
 
-@LEARNED
+@pytest.mark.concept("T02.02", part="nn/positions_absolute.py")
 def test_learned_positions_follow_documents_padding_and_cache():
     model = tiny(host(Learned(size=20)))
     embed, x = model.embed, tokens(2, 9)
@@ -254,7 +246,7 @@ def test_learned_positions_follow_documents_padding_and_cache():
     assert torch.equal(at, F.embedding(x, embed.weight) + embed.positions.weight[given_])
 
 
-@LEARNED
+@pytest.mark.concept("T02.02", part="nn/positions_absolute.py")
 def test_a_position_beyond_the_table_is_refused():
     model, x = tiny(host(Learned(size=12))), tokens(2, 12)
     model(x)
@@ -280,7 +272,7 @@ def bidirectional(positions: dict | None) -> torch.nn.Module:
     return tiny(spec.replace(blocks={"a": block.replace(mixer=block.mixer.replace(position=None))}))
 
 
-@ORDER
+@pytest.mark.concept("T01.08", part="nn/positions_absolute.py")
 @settings(max_examples=12)
 @given(st.permutations(range(9)))
 def test_without_positions_a_stack_does_not_see_order(order):
@@ -293,7 +285,7 @@ def test_without_positions_a_stack_does_not_see_order(order):
             assert (model(x[:, order]).hidden - model(x).hidden[:, order]).abs().max() > 1e-2
 
 
-@ORDER
+@pytest.mark.concept("T01.08", part="nn/positions_absolute.py")
 def test_dog_bites_man():
     dog, bites, man = 7, 23, 41
     assert max(dog, bites, man) < VOCAB

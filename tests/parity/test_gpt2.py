@@ -53,8 +53,6 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {
         **OTHER, **DROPOUTS, **SUMMARY, "layer_norm_epsilon": 0.05, "afn": "swish", "tie_word_embeddings": False,
     }),
 }  # fmt: skip
-X128 = pytest.mark.concept("X.128", part="io/hf/gpt2.py")
-T0301 = pytest.mark.concept("T03.01", part="models/transformer.py")
 
 
 @pytest.fixture(scope="module", params=TABLE)
@@ -87,8 +85,8 @@ def test_every_key_takes_two_values():
             assert len(values) > 1 or key == "add_cross_attention", f"{name}: {key} is always {values}"
 
 
-@X128
-@T0301
+@pytest.mark.concept("X.128", part="io/hf/gpt2.py")
+@pytest.mark.concept("T03.01", part="models/transformer.py")
 @pytest.mark.concept("T02.02", part="nn/positions_absolute.py")
 @pytest.mark.concept("T01.05", part="nn/feedforward.py")
 def test_logits(case):
@@ -99,8 +97,8 @@ def test_logits(case):
     assert off(directory.read(path).model, expected, x) < TOLERANCE
 
 
-@X128
-@T0301
+@pytest.mark.concept("X.128", part="io/hf/gpt2.py")
+@pytest.mark.concept("T03.01", part="models/transformer.py")
 def test_greedy_tokens_with_a_cache(case):
     theirs, path = case
     prompt = tokens(theirs.config.vocab_size, seed=1)[:, :12]
@@ -109,7 +107,7 @@ def test_greedy_tokens_with_a_cache(case):
     assert len(expected.unique()) > 5  # text, not one token over and over
 
 
-@T0301
+@pytest.mark.concept("T03.01", part="models/transformer.py")
 def test_loss(case):
     theirs, path = case
     x = tokens(theirs.config.vocab_size, seed=2)
@@ -187,7 +185,7 @@ def test_every_key_matters(case, tmp_path):
     assert not refused & shown and refused >= {"vocab_size", "n_positions", "n_embd", "n_layer", "tie_word_embeddings"}
 
 
-@X128
+@pytest.mark.concept("X.128", part="io/hf/gpt2.py")
 @pytest.mark.concept("X.88", part="io/directory.py")
 def test_export_is_what_transformers_writes(case, tmp_path):
     """Files equal byte for byte; transformers loads ours and writes the same again, key by key and tensor by tensor."""
@@ -212,7 +210,7 @@ def test_export_is_what_transformers_writes(case, tmp_path):
         assert a.dtype == b.dtype and torch.equal(a, b), name
 
 
-@X128
+@pytest.mark.concept("X.128", part="io/hf/gpt2.py")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip_is_bit_exact(case, tmp_path, dtype):
     _, path = case
@@ -259,7 +257,7 @@ def test_positions_beyond_the_table_are_refused(case):
         model(torch.zeros(1, size + 1, dtype=torch.int64))
 
 
-@X128
+@pytest.mark.concept("X.128", part="io/hf/gpt2.py")
 def test_presets_are_the_published_models():
     for name, config in (("gpt2", transformers.GPT2Config()), ("gpt1", transformers.OpenAIGPTConfig())):
         spec, _ = families.get(config.model_type).to_spec(config.to_diff_dict())
@@ -272,7 +270,7 @@ def test_presets_are_the_published_models():
     assert counted == sizes["gpt2"]
 
 
-@X128
+@pytest.mark.concept("X.128", part="io/hf/gpt2.py")
 def test_gpt3_has_its_published_size_and_local_layers_by_turns():
     spec = presets.get("gpt3-175b")()
     model = build(spec)
@@ -281,7 +279,7 @@ def test_gpt3_has_its_published_size_and_local_layers_by_turns():
     assert spec.layers[:4] == ("dense", "banded", "dense", "banded") and len(spec.layers) == 96
 
 
-@X128
+@pytest.mark.concept("X.128", part="io/hf/gpt2.py")
 def test_gpt3s_alternating_layers_equal_gpt_neos():
     """The one model of transformers with dense and local layers by turns: GPT-Neo, which scales no scores and has no bias
     on q, k and v."""

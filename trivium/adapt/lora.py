@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from ..core.errors import ConfigError, TriviumError, unknown
@@ -40,6 +40,11 @@ class LoRA(Pass):
     alphas: Mapping[str, float] = Field({}, description="alphas of single maps, by name or ending")
     shared: tuple[str, ...] = Field((), description="containers, such as mixer.inp, whose maps share one A: as one fused map would")
     dropout: float = Field(0.0, ge=0, lt=1, description="chance of an input channel to be dropped on its way into A, in training")
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_target(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) and value != "all-linear" else value
 
     @classmethod
     def tiny(cls) -> LoRA:

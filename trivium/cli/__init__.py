@@ -52,7 +52,7 @@ COMMANDS = (
     Command("adapter inspect", "trivium.cli.adapter:inspect", "What an adapter changes, and by how much."),
     Command("adapter merge", "trivium.cli.adapter:merge", "Add an adapter into its base's weights."),
     Command("adapter unmerge", "trivium.cli.adapter:unmerge", "Take a merged adapter out again."),
-    Command("convert", "trivium.cli.convert:convert", "Write a model as a model directory, in another dtype or family."),
+    Command("convert", "trivium.cli.convert:convert", "Write a model as a model directory, in another dtype or family, or as a GGUF file."),
     Command("runs", "trivium.cli.runs:runs", "The runs on this machine: list, compare, draw."),
     Command("concepts", "trivium.cli.concepts:concepts", "What works today, the part that does it, and its proof."),
     Command("doctor", "trivium.cli.doctor:doctor", "What this machine has, how fast it is, and what to watch."),

@@ -1,4 +1,4 @@
-"""`trivium convert`: a model as a model directory."""
+"""`trivium convert`: a model as a model directory or a GGUF file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from .options import answer
 def convert(
     model: str, /, *, out: Path, dtype: str | None = None, family: str | None = None, overwrite: bool = False, json: bool = False
 ) -> None:
-    """Loads a model and writes it in Hugging Face's layout, whole or not at all; prints where it is.
+    """Loads a model and writes it in Hugging Face's layout, or as one GGUF file for llama.cpp and Ollama, whole or not at all;
+    prints where it is.
 
     Takes what every command takes: a known name, a model directory, a GGUF file, a hub repository. An adapter has to be
     merged (trivium adapter merge).
@@ -18,15 +19,16 @@ def convert(
     Try:
       trivium convert SmolLM2-135M-Instruct.Q4_1.gguf --out models/smollm2
       trivium convert models/smollm2 --dtype fp32 --out models/smollm2-fp32
+      trivium convert models/smollm2 --dtype q8_0 --out smollm2.gguf
 
     Parameters
     ----------
     model
         What to convert.
     out
-        The directory to write.
+        The directory to write; a name that ends in .gguf makes a GGUF file, with a Modelfile for Ollama beside it.
     dtype
-        fp32, bf16 or fp16; otherwise as stored (bf16 for a GGUF file).
+        fp32, bf16 or fp16, and q8_0 for a GGUF file; otherwise as stored (bf16 for what comes from a GGUF file).
     family
         The model_type to write, if it can say what this model is; "trivium" always can.
     overwrite

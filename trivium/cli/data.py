@@ -105,9 +105,7 @@ def prepare(
 
     named = _named(data)
     _, prompt = text_side(model)
-    found = bank(
-        named, prompt, length=length, format=format, turns=turns, too_long=too_long, max_dropped=max_dropped, max_empty=max_empty
-    )
+    found = bank(named, prompt, length=length, format=format, turns=turns, too_long=too_long, max_dropped=max_dropped, max_empty=max_empty)
     path = None if dry_run else str(found.save(out))
     if json:
         answer({"path": path, **count(found).to_dict()}, as_json=True)

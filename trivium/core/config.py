@@ -255,12 +255,14 @@ def _annotation(annotation: Any, steps: Steps, data: Any) -> Any:
 
 def _flag(text: str, annotation: Any, *, name: str) -> Any:
     """The value of a flag: a field of words keeps `2024` and `true` as words, one value is a list where a list is due."""
-    value, types = scalar(text, name=name), [t for t in _types(annotation) if t is not type(None)]
+    every = list(_types(annotation))
+    types = [t for t in every if t is not type(None)]
+    if types == [str]:
+        return None if text in ("null", "~") and len(types) < len(every) else text
+    value = scalar(text, name=name)
     if value is None or isinstance(value, list | dict) or not types:
         return value
-    if all(get_origin(t) in (list, tuple) for t in types):
-        return [_flag(text, get_args(types[0])[0], name=name)]
-    return text if types == [str] else value
+    return [_flag(text, get_args(types[0])[0], name=name)] if all(get_origin(t) in (list, tuple) for t in types) else value
 
 
 def _single(steps: Steps, value: Any, origin: str, base: Any) -> Tree:

@@ -6,6 +6,7 @@ The stream is looked up at each call, so that redirecting `sys.stderr` works.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -38,21 +39,26 @@ def layout(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 class Log:
     """Writes to stderr. One instance, `log`, serves the process."""
 
+    @property
+    def color(self) -> bool:
+        """Whether what is written here may be colored."""
+        return _terminal() and not os.environ.get("NO_COLOR")
+
     def say(self, text: str) -> None:
         """One line, or several, in plain words."""
-        print(text, file=sys.stderr, flush=True)
+        _write(text)
 
     def warn(self, text: str) -> None:
         """Something that goes on but that the user should know."""
-        print(_paint(f"warning: {text}", "33"), file=sys.stderr, flush=True)
+        _write(_paint(f"warning: {text}", "33"))
 
     def error(self, text: str) -> None:
         """Why a command failed."""
-        print(_paint(f"error: {text}", "31"), file=sys.stderr, flush=True)
+        _write(_paint(f"error: {text}", "31"))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A titled table; cells are shown with `str`, floats with four significant digits."""
-        print(f"{_paint(title, '1')}\n{layout(columns, rows)}", file=sys.stderr, flush=True)
+        _write(f"{_paint(title, '1')}\n{layout(columns, rows)}")
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[Progress]:
@@ -97,7 +103,13 @@ class _Lines:
         if self.done >= self.total or now - self.last >= PLAIN_SECONDS:
             self.last = now
             tail = f"  {_pairs(shown)}" if shown else ""
-            print(f"{self.description}: {self.done}/{self.total}  {now - self.start:.1f} s{tail}", file=sys.stderr, flush=True)
+            _write(f"{self.description}: {self.done}/{self.total}  {now - self.start:.1f} s{tail}")
+
+
+def _write(text: str) -> None:
+    """To stderr, if anyone still listens: a terminal that went away must not end a long run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _show(value: object) -> str:
@@ -113,7 +125,7 @@ def _terminal() -> bool:
 
 
 def _paint(text: str, code: str) -> str:
-    return f"\x1b[{code}m{text}\x1b[0m" if _terminal() and not os.environ.get("NO_COLOR") else text
+    return f"\x1b[{code}m{text}\x1b[0m" if log.color else text
 
 
 log = Log()

@@ -234,7 +234,7 @@ def _fused(step: LoRA, parts: Mapping[str, tuple[int, LowRank | None]]) -> _Upda
         stripes.append(torch.cat(columns, 1))
     if scale != step.scale(rank, alpha):
         alpha = scale / step.scale(rank, 1.0)
-    return _Update(torch.cat(blocks).detach(), torch.cat(stripes), alpha)
+    return _Update(torch.cat([block.detach() for block in blocks]), torch.cat(stripes), alpha)
 
 
 def _without_copies(path: Path, tensors: Mapping[str, Lazy], model: TransformerModel, places: Mapping[str, Site]) -> dict[str, Lazy]:

@@ -10,6 +10,13 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define MASKED 1
+#else
+#define MASKED 0
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -82,21 +89,52 @@ void store_whole(bf16* p, Vec v) {
     std::memcpy(p, &h, sizeof h);
 }
 
-// The first `count` of W values from `p`; zeros after them.
+#if MASKED
+Vec load_part(const float* p, long count) { return (Vec)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p); }
+
+Vec load_part(const bf16* p, long count) {
+    return (Vec)((Bits)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p)) << 16);
+}
+
+void store_part(float* p, long count, Vec v) { _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v); }
+
+void store_part(bf16* p, long count, Vec v) {
+    __m512i rounded = (__m512i)((Bits)round_to(bf16{}, v) >> 16);
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), _mm512_cvtepi32_epi16(rounded));
+}
+#else
 template <class T>
-Vec load(const T* p, long count) {
-    if (count >= W) return load_whole(p);
+Vec load_part(const T* p, long count) {
     T part[W] = {};
     std::memcpy(part, p, count * sizeof(T));
     return load_whole(part);
 }
 
 template <class T>
-void store(T* p, long count, Vec v) {
-    if (count >= W) return store_whole(p, v);
+void store_part(T* p, long count, Vec v) {
     T part[W];
     store_whole(part, v);
     std::memcpy(p, part, count * sizeof(T));
+}
+#endif
+
+// The first `count` of W values from `p`; zeros after them.
+template <class T>
+Vec load(const T* p, long count) {
+    return count >= W ? load_whole(p) : load_part(p, count);
+}
+
+template <class T>
+void store(T* p, long count, Vec v) {
+    count >= W ? store_whole(p, v) : store_part(p, count, v);
+}
+
+// `v` in the first `count` lanes, `fill` in the others.
+Vec keep(Vec v, long count, float fill) {
+    if (count >= W) return v;
+    Bits lane;
+    for (int i = 0; i < W; i++) lane[i] = i;
+    return lane < (Bits{} + uint32_t(count)) ? v : all(fill);
 }
 
 // Calls f(start, count) for each W of n.
@@ -119,37 +157,54 @@ float total(long n, F f) {
     return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// The largest of n values times `scale`; a NaN may be passed over, which the exponentials after it will not do.
+// The largest of n values; a NaN may be passed over, which the exponentials after it will not do.
 template <class T>
-float largest(const T* p, long n, float scale) {
-    Vec most = all(-INFINITY);
+float largest(const T* p, long n) {
+    Vec most[2] = {all(-INFINITY), all(-INFINITY)};
     long i = 0;
-    for (; i + W <= n; i += W) most = larger(load_whole(p + i) * scale, most);
-    float best = -INFINITY;
-    for (int k = 0; k < W; k++) best = std::max(best, float(most[k]));
-    for (; i < n; i++) best = std::max(best, widen(p[i]) * scale);
-    return best;
+    for (; i + 2 * W <= n; i += 2 * W)
+        for (int k = 0; k < 2; k++) most[k] = larger(load_whole(p + i + k * W), most[k]);
+    for (; i < n; i += W) most[0] = larger(keep(load(p + i, n - i), n - i, -INFINITY), most[0]);
+    most[0] = larger(most[0], most[1]);
+    float lane[W];
+    std::memcpy(lane, most, sizeof lane);
+    for (int width = W / 2; width; width /= 2)
+        for (int k = 0; k < width; k++) lane[k] = std::max(lane[k], lane[k + width]);
+    return lane[0];
 }
 
-// e^x within 2 units of the last place; zero below -87.3, where float32 turns denormal. A NaN stays a NaN.
-Vec exponential(Vec x) {
-    Vec clipped = x < -87.3f ? all(-87.3f) : x;
-    clipped = clipped > 89.0f ? all(89.0f) : clipped;
-    Vec shifted = clipped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
-    Vec whole = shifted - 12582912.0f;
-    Vec r = clipped - whole * 0.693145752f;
+// e^(x - whole ln 2), for |x - whole ln 2| <= ln 2 / 2 (the polynomial of Cephes).
+Vec exponential_fraction(Vec x, Vec whole) {
+    Vec r = x - whole * 0.693145752f;
     r = r - whole * 1.42860677e-6f;
     Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    Vec y = (Vec)((Bits)p + ((Bits)shifted << 23));
+    return p * (r * r) + r + 1.0f;
+}
+
+// e^x within 2 units of the last place (without AVX-512, zero below -87.3, where float32 turns denormal). A NaN stays a NaN.
+#if MASKED
+Vec exponential(Vec x) {
+    __m512 clipped = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), (__m512)x));  // the second if NaN
+    Vec c = (Vec)clipped;
+    Vec whole = (c * 1.44269504f + 12582912.0f) - 12582912.0f;
+    return (Vec)_mm512_scalef_ps((__m512)exponential_fraction(c, whole), (__m512)whole);
+}
+#else
+Vec exponential(Vec x) {
+    Vec clipped = x < -87.3f ? all(-87.3f) : x;
+    clipped = clipped > 89.0f ? all(89.0f) : clipped;
+    Vec shifted = clipped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold the nearest integer
+    Vec whole = shifted - 12582912.0f;
+    Vec y = (Vec)((Bits)exponential_fraction(clipped, whole) + ((Bits)shifted << 23));
     y = x < -87.3f ? Vec{} : y;
     y = x > 88.7228f ? all(INFINITY) : y;
     return x == x ? y : x;
 }
+#endif
 
 // torch's own OpenMP runtime, handed in by pointer: a second one would fight it for the cores.
 void (*run_parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
@@ -310,7 +365,7 @@ void rotate(const T* x, const T* cosine, const T* sine, T* y, long batch, long h
 
 // ---------------------------------------------------------------------------------------------- causal softmax
 
-// In place over [rows, time]: row r sees its first r % time + 1 places; the others become zero.
+// In place over [rows, time]: row r sees its first r % time + 1 places; the others become zero. scale > 0.
 template <class T>
 int causal_softmax(T* scores, long rows, long time, float scale, int threads) {
     int failed = 0;
@@ -323,11 +378,12 @@ int causal_softmax(T* scores, long rows, long time, float scale, int threads) {
         for (long row = from; row < to; row++) {
             T* p = scores + row * time;
             long n = row % time + 1;
-            float most = largest(p, n, scale);
+            float most = largest(p, n);
             float sum = total(n, [=](long i, long m) {
-                Vec e = exponential(load(p + i, m) * scale - most);
+                // The difference first: were the product contracted into it, huge scores would exceed their own maximum.
+                Vec e = keep(exponential((load(p + i, m) - most) * scale), m, 0.0f);
                 store(powers + i, m, e);
-                return m == W ? e : load(powers + i, m);
+                return e;
             });
             float share = 1.0f / sum;
             sweep(n, [=](long i, long m) { store(p + i, m, load(powers + i, m) * share); });
@@ -361,19 +417,15 @@ void cross_entropy(const T* logits, const int64_t* labels, T* grad, float* losse
     split(rows, vocab, threads, [=](long from, long to) {
         for (long row = from; row < to; row++) {
             const T* p = logits + row * vocab;
-            float most = largest(p, vocab, 1.0f);
+            float most = largest(p, vocab);
             float sum = total(vocab, [=](long i, long m) {
-                Vec e = exponential(load(p + i, m) - most);
-                for (long k = m; k < W; k++) e[k] = 0.0f;
-                return e;
+                return keep(exponential(load(p + i, m) - most), m, 0.0f);
             });
             float norm = std::log(sum), target = widen(p[labels[row]]) - most;
             float loss = (1.0f - smoothing) * (norm - target);
             if (smoothing != 0.0f) {
                 float shifted = total(vocab, [=](long i, long m) {
-                    Vec v = load(p + i, m) - most;
-                    for (long k = m; k < W; k++) v[k] = 0.0f;
-                    return v;
+                    return keep(load(p + i, m) - most, m, 0.0f);
                 });
                 loss += smoothing * (norm - shifted / float(vocab));
             }

@@ -191,8 +191,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor
 
 
 def causal_softmax_(scores: Tensor, scale: float) -> Tensor:
-    """softmax(scores * scale) in place, scores [..., n * T, T] contiguous: row r sees its first r % T + 1 places; the others become 0."""
-    assert scores.is_contiguous() and scores.shape[-2] % scores.shape[-1] == 0
+    """softmax(scores * scale) in place, scores [..., n * T, T] contiguous: row r sees its first r % T + 1 places; the others become 0. `scale` > 0."""
+    assert scores.is_contiguous() and scores.shape[-2] % scores.shape[-1] == 0 and scale > 0
     time = scores.shape[-1]
     _check(
         _lib().trivium_causal_softmax(

@@ -64,9 +64,17 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
+        return self.feed(self.mix(x, step), step)
+
+    def mix(self, x: Tensor, step: Step) -> Tensor:
+        """The first half: what mixes positions."""
         if self.spec.mixer is not None:
             y = self.mixer(self._before(x, self.mixer_norm), step, step.handle(self.index))
             x = self._after(x, y, self.mixer_out_norm if self.spec.norm_at == "sandwich" else self.mixer_norm)
+        return x
+
+    def feed(self, x: Tensor, step: Step) -> Tensor:
+        """The second half: what works on each position alone."""
         if self.spec.ffn is not None:
             y = self.ffn(self._before(x, self.ffn_norm), step)
             x = self._after(x, y, self.ffn_out_norm if self.spec.norm_at == "sandwich" else self.ffn_norm)

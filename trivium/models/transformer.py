@@ -24,6 +24,7 @@ from ..nn.norms import RMS, Norm
 from ..nn.step import Step
 from ..nn.store import Store
 from .block import Block
+from .checkpointing import Recompute, recomputed
 from .initialization import Place, starts
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class TransformerModel(nn.Module):
         super().__init__()
         self.spec = spec
         self.passes: tuple[Part, ...] = ()
+        self.recompute: Recompute | None = None
         self.embed = spec.embed.build(spec.vocab, spec.dim)
         self.layers = nn.ModuleList(spec.blocks[name].build(spec.dim, index) for index, name in enumerate(spec.layers))
         self.final_norm = spec.final_norm.build(spec.dim)
@@ -123,6 +125,8 @@ class TransformerModel(nn.Module):
 
     def run(self, x: Tensor, step: Step) -> Tensor:
         """All layers this module holds, [B, T, C] -> [B, T, C]."""
+        if self.recompute is not None and torch.is_grad_enabled() and step.inputs.cache is None:
+            return recomputed(self.layers, x, step, self.recompute)
         for layer in self.layers:
             x = layer(x, step)
         return x

@@ -5,6 +5,7 @@ arXiv:1706.03762 (multi-head), arXiv:1911.02150 (multi-query), arXiv:2305.13245 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -16,6 +17,7 @@ from .backends import attend, backends
 from .linear import Linear, Projections
 from .patterns import Full, Pattern
 from .positions import Position
+from .products import Product
 from .step import Step
 from .store import Handle, PerToken, State
 
@@ -32,6 +34,10 @@ class MixerModule(nn.Module):
 
     def state(self) -> State:
         """What a store must keep for this layer."""
+        raise AssertionError
+
+    def products(self, step: Step, flows: Mapping[str, bool]) -> list[Product]:
+        """The matrix products of `step` beside those of the linear maps. `flows`: which maps' outputs have gradients."""
         raise AssertionError
 
 
@@ -85,6 +91,11 @@ class AttentionMixer(MixerModule):
     def state(self) -> State:
         entry = PerToken((self.spec.kv_heads, self.spec.head_dim))
         return {"k": entry, "v": entry}
+
+    def products(self, step: Step, flows: Mapping[str, bool]) -> list[Product]:
+        flops = 2 * self.spec.heads * self.spec.head_dim * step.view(window=self.spec.pattern.window).pairs
+        scores = Product(flops, left=flows["q"], right=flows["k"])
+        return [scores, Product(flops, left=scores.left or scores.right, right=flows["v"])]
 
     def forward(self, x: Tensor, step: Step, handle: Handle) -> Tensor:
         spec, (batch, count, _) = self.spec, x.shape

@@ -46,11 +46,18 @@ def eager_weights(q: Tensor, k: Tensor, *, scale: float, causal: bool, mask: Ten
 
 
 @backends.register("eager")
-def eager(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """The naive statement, products and softmax apart. `dropout`: the chance of a weight to be dropped."""
-    weights = eager_weights(q, k, scale=scale, causal=causal, mask=mask)
-    if dropout:
-        weights = F.dropout(weights, dropout)
+def eager(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+    """The naive statement, products and softmax apart."""
+    return _weighted(eager_weights(q, k, scale=scale, causal=causal, mask=mask), v)
+
+
+def eager_dropping(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:
+    """`eager` with each weight dropped with probability `dropout`, by torch's global generator."""
+    return _weighted(F.dropout(eager_weights(q, k, scale=scale, causal=causal, mask=mask), dropout), v)
+
+
+def _weighted(weights: Tensor, v: Tensor) -> Tensor:
+    """weights [B, H, T, S], v [B, K, S, D] -> [B, H, T, D]."""
     batch, heads, count, slots = weights.shape
     kv_heads = v.shape[1]
     return (weights.view(batch, kv_heads, -1, slots) @ v).view(batch, heads, count, -1)
@@ -59,7 +66,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: 
 @backends.register("native")
 def products(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
     """As eager, the causal softmax in one native pass where the library takes these tensors."""
-    if causal and native.takes(q, k, v):
+    if causal and scale > 0 and native.takes(q, k, v):
         return functions.causal_attention(q, k, v, scale=scale)
     return eager(q, k, v, scale=scale, causal=causal, mask=mask)
 
@@ -95,7 +102,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View, *, scale: float, backend
                 field="dropout",
                 value=dropout,
             )
-        run = partial(eager, dropout=dropout)
+        run = partial(eager_dropping, dropout=dropout)
     documents = view.documents
     if documents is not None:
         return _attend_documents(q, k, v, documents, run, scale=scale, causal=view.causal)

@@ -77,6 +77,14 @@ class View:
         longest = step.longest
         return step.documents if self.window is None or longest <= self.window else None
 
+    @property
+    def pairs(self) -> int:
+        """How many query-key products of one head this view takes, those that are masked or stand for padding included."""
+        if self.documents is not None:
+            return sum(group.slots.shape[0] * group.slots.shape[1] ** 2 for group in self.documents.groups)
+        batch, count = self.step.inputs.tokens.shape
+        return batch * count * self.step.slots.end
+
     def mask(self) -> Tensor | None:
         """[B|1, 1, T, S] bool, true where a query may see a key; None where everything is seen. The naive statement."""
         if self.plain:

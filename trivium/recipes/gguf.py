@@ -24,12 +24,16 @@ def export_gguf(model: Bundle | str | Path, out: str | Path, *, dtype: str | Non
     beside = out.with_suffix(".Modelfile")
     if not overwrite and (there := [path for path in (out, beside) if path.exists()]):
         raise FileError(f"{there[0]}: is there already; choose another place, or allow overwriting")
-    # A packed file is read as float32, so that what is written was rounded once.
-    bundle = model if isinstance(model, Bundle) else load(model, dtype="fp32" if _is_gguf(model) and dtype != "bf16" else None)
+    if isinstance(model, Bundle):
+        bundle = model
+    else:  # a packed file is read as float32 where that is more than will be kept, so that values are rounded once
+        packed = Path(model).suffix == ".gguf"
+        bundle = load(model, dtype="fp32" if packed and dtype is not None else None)
+    out.parent.mkdir(parents=True, exist_ok=True)
     written = write_model(
         out,
         bundle.model,
-        dtype=dtype or ("bf16" if _is_gguf(bundle.path) else None),
+        dtype=dtype,
         tokenizer=bundle.tokenizer,
         template=bundle.prompt.template,
         rest=bundle.rest,
@@ -47,10 +51,6 @@ def export_gguf(model: Bundle | str | Path, out: str | Path, *, dtype: str | Non
         file.write(text.encode())
     log.say(f"{out}: written ({written.type}, {out.stat().st_size / 1e6:,.1f} MB, sha256 {written.sha256}); for Ollama: {beside}")
     return out
-
-
-def _is_gguf(path: str | Path) -> bool:
-    return Path(path).suffix == ".gguf"
 
 
 def modelfile(gguf: str, *, context: int | None, stops: Sequence[str], template: bool) -> str:

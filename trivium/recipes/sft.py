@@ -155,7 +155,7 @@ def prepared(config: SFT, bundle: Bundle) -> tuple[Prepared, Prepared | None]:
     train, validation = banks
     if train is None:
         raise ConfigError("data: no training rows were named", field="data")
-    log.say("what is learned in the first row is marked:\n" + paint(spans(train, 0, bundle.tokenizer)))
+    log.say("what is learned in the first row is marked:\n" + paint(spans(train, 0, bundle.tokenizer), color=log.color))
     return train, validation
 
 

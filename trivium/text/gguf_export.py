@@ -33,7 +33,9 @@ def metadata(tokenizer: Tokenizer, *, size: int | None = None) -> tuple[dict[str
     model = state["model"]
     odd = [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
     if model["type"] != "BPE" or odd:
-        raise _cannot(f"its model is {model['type']}{' with ' + ', '.join(odd) if odd else ''}; byte-level and SentencePiece BPE are written")
+        raise _cannot(
+            f"its model is {model['type']}{' with ' + ', '.join(odd) if odd else ''}; byte-level and SentencePiece BPE are written"
+        )
     notes: list[str] = []
     byte_level = any(step.get("type") == "ByteLevel" for step in _steps(state["pre_tokenizer"]))
     tokens, types = _tokens(tokenizer, state, tokenizer.vocab_size if size is None else size, byte_level=byte_level)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,16 +47,23 @@ class Model:
     escape: bool = True  # spaces are spelled SPACE
 
 
-def load(file: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """The engine, and what tokenizer_config.json would say, of a `.model` file. Raises `FileError`."""
+def load(file: str | Path, config: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
+    """The engine of a `.model` file, and its tokenizer_config.json: `config` is what stands beside the file, if anything does.
+
+    SentencePiece itself puts no tokens before or after a text, so only `config` makes that a habit. Raises `FileError`.
+    """
     file = Path(file)
     try:
-        size = file.stat().st_size
-        if size > MAX_BYTES:
+        if file.stat().st_size > MAX_BYTES:
             raise FileError(f"{file}: larger than {MAX_BYTES >> 20} MiB, which no tokenizer is")
-        return build(parse(file.read_bytes(), where=str(file)), where=str(file))
+        data = file.read_bytes()
     except OSError as error:
         raise FileError(f"{file}: cannot be read: {error.strerror}") from None
+    engine, own = build(parse(data, where=str(file)), where=str(file))
+    ends = {f"{end}_token": content_of(config.get(f"{end}_token", own.get(f"{end}_token"))) for end in ("bos", "eos")}
+    habits = {f"add_{end}_token": bool(config.get(f"add_{end}_token")) and ends[f"{end}_token"] in engine.get_vocab() for end in ("bos", "eos")}
+    engine.post_processor = closing(engine, ends | habits)
+    return engine, own | dict(config) | habits
 
 
 # The message
@@ -181,34 +189,29 @@ def build(model: Model, *, where: str) -> tuple[Tokenizer, dict[str, Any]]:
     if len(vocab) != len(model.pieces):
         raise _damaged(where, f"{len(model.pieces) - len(vocab)} pieces stand there twice")
     _check(model, where)
+    table = _normalization(model, where)
+    symbols = _apart(model, normalizers.Sequence([*table, *_spaces(model, ())]))
     engine = Tokenizer(_bpe(model, vocab) if model.kind == BPE else _unigram(model))
-    kept = normalizers.Sequence([*_normalization(model, where), *_spaces(model, ())])
-    symbols = [text for text, _, type in model.pieces if type == USER_DEFINED]
-    # A unigram model weighs its symbols against other pieces; only those that normalization would change stand apart.
-    if model.kind == UNIGRAM: symbols = [text for text in symbols if kept.normalize_str(f"x{text}x") != f"x{text}x"]
-    prefix = bool(symbols) and model.prefix  # put there by the pre-tokenizer, which knows where a text begins
-    steps = [*_normalization(model, where), *_spaces(model, symbols)]
-    engine.normalizer = normalizers.Sequence(steps)
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _exposed(model)]
-    if prefix:
-        splits.insert(0, pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
-    if splits:
+    if steps := [*table, *_spaces(model, symbols)]:
+        engine.normalizer = normalizers.Sequence(steps)
+    if splits := _splits(model, symbols):
         engine.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    engine.decoder = decoders.Sequence(
-        [
-            *(decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()),
-            *([decoders.Strip(" ", 1, 0)] if model.prefix or model.squeeze else []),
-        ]
-    )
+    strip = [decoders.Strip(" ", 1, 0)] if model.prefix or model.squeeze else []
+    engine.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    added = []
     for text, _, type in model.pieces:
         if type in (CONTROL, UNKNOWN):
-            engine.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+            added.append(AddedToken(text, special=True, normalized=False))
         elif text in symbols:
-            engine.add_tokens([AddedToken(text, normalized=engine.normalizer.normalize_str(text) == text)])
-    if engine.get_vocab_size() != len(vocab):
-        raise _damaged(where, "its symbols are not among its pieces")
+            added.append(AddedToken(text, special=False, normalized=engine.normalizer.normalize_str(text) == text))
+    engine.add_tokens(added)
     config: dict[str, Any] = {"add_bos_token": False, "add_eos_token": False}
-    for name, id, type in (("bos", model.bos, CONTROL), ("eos", model.eos, CONTROL), ("unk", model.unk, UNKNOWN), ("pad", model.pad, CONTROL)):
+    for name, id, type in (
+        ("bos", model.bos, CONTROL),
+        ("eos", model.eos, CONTROL),
+        ("unk", model.unk, UNKNOWN),
+        ("pad", model.pad, CONTROL),
+    ):
         if 0 <= id < len(model.pieces) and model.pieces[id][2] == type:
             config[f"{name}_token"] = model.pieces[id][0]
     return engine, config
@@ -218,7 +221,9 @@ def _check(model: Model, where: str) -> None:
     if model.kind not in (UNIGRAM, BPE):
         raise FileError(f"{where}: a {KINDS.get(model.kind, model.kind)} model, which is not supported; unigram and BPE models are")
     if model.suffix or not model.escape:
-        raise FileError(f"{where}: it {'marks spaces at the end of words' if model.suffix else 'keeps spaces as they are'}; this is not supported")
+        raise FileError(
+            f"{where}: it {'marks spaces at the end of words' if model.suffix else 'keeps spaces as they are'}; this is not supported"
+        )
     types = [type for _, _, type in model.pieces]
     if UNUSED in types:
         raise FileError(f"{where}: {types.count(UNUSED)} of its pieces are switched off (UNUSED); this is not supported")
@@ -242,12 +247,10 @@ def _bpe(model: Model, vocab: dict[str, int]) -> models.BPE:
 
 def _unigram(model: Model) -> models.Unigram:
     """The engine looks for every piece in a text, so those that text must not become get a score that nothing else has."""
-    highest = max((score for _, score, type in model.pieces if type == NORMAL), default=0.0)
     scored = []
     for text, score, type in model.pieces:
-        if type == USER_DEFINED:
-            score = len(text.encode()) * highest - 0.1
-        scored.append((text, score if type in (NORMAL, USER_DEFINED) else NEVER))
+        symbol = 0.1 * (len(text.encode()) - 1)  # measured: what SentencePiece gives a user's symbol, where the file says 0
+        scored.append((text, score if type == NORMAL else symbol if type == USER_DEFINED else NEVER))
     return models.Unigram(scored, unk_id=[type for _, _, type in model.pieces].index(UNKNOWN), byte_fallback=_falls_back(model))
 
 
@@ -259,32 +262,42 @@ def _falls_back(model: Model) -> bool:
     return any(type == BYTE for _, _, type in model.pieces)
 
 
-def _exposed(model: Model) -> list[str]:
-    """Patterns that cut control pieces apart where they stand in a text, if the text could become them for want of their characters."""
-    if model.kind != UNIGRAM:
-        return []
+def _apart(model: Model, normalizer: normalizers.Normalizer) -> list[str]:
+    """The user's symbols that are found before anything else is: all of a BPE model. A unigram model weighs them against
+    other pieces, so there it is only those that normalization would change."""
+    symbols = [text for text, _, type in model.pieces if type == USER_DEFINED]
+    if model.kind == BPE:
+        return symbols
+    return [text for text in symbols if f"x{text}x" not in normalizer.normalize_str(f"x{text}x")]
+
+
+def _splits(model: Model, symbols: Sequence[str]) -> list[pre_tokenizers.PreTokenizer]:
+    splits: list[pre_tokenizers.PreTokenizer] = []
+    if symbols and model.prefix:
+        splits.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
     normal = {text for text, _, type in model.pieces if type == NORMAL}
-    barred = [text for text, _, type in model.pieces if type not in (NORMAL, USER_DEFINED)]
-    found = [text for text in barred if len(text) > 1 and not normal.issuperset(text)]
-    return ["|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in found)] if found else []
+    barred = [text for text, _, type in model.pieces if type not in (NORMAL, USER_DEFINED) and len(text) > 1]
+    # Text that spells a control piece could become one, were there no pieces for its characters: cut it.
+    if model.kind == UNIGRAM and (exposed := [text for text in barred if not normal.issuperset(text)]):
+        pattern = "|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in exposed)
+        splits.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
+    return splits
 
 
 def _spaces(model: Model, symbols: Sequence[str]) -> list[normalizers.Normalizer]:
     """What happens to spaces, in SentencePiece's order."""
-    steps: list[normalizers.Normalizer] = []
-    squeeze = [(r"\A +", ""), (" {2,}", " ")] if model.squeeze else []
+    several = [normalizers.Replace(Regex(" {2,}"), " ")] if model.squeeze else []
+    begin: list[normalizers.Normalizer] = []
     if symbols and model.prefix:
-        # The pre-tokenizer puts a space before a text that has none: one is left or put where it would find one, or a symbol.
+        # The pre-tokenizer puts a space before a text, where it finds none and no symbol. (A step here would do so before
+        # every piece between symbols.) So one is put here before those, except where a symbol alone is looked at.
         names = "|".join(map(re.escape, symbols))
-        ahead = rf"\A(?=[ {SPACE}]|{names})(?!(?:{names})\z)" if not model.squeeze else rf"\A(?={SPACE}|{names})(?!(?:{names})\z)"
-        squeeze = [(r" {2,}", " ")] if model.squeeze else []
-        steps += [normalizers.Replace(Regex(pattern), with_) for pattern, with_ in squeeze]
-        steps += [normalizers.Replace(Regex(ahead), " ")]
+        begin.append(normalizers.Replace(Regex(rf"\A(?=[{'' if model.squeeze else ' '}{SPACE}]|{names})(?!(?:{names})\z)"), " "))
     else:
-        steps += [normalizers.Replace(Regex(pattern), with_) for pattern, with_ in squeeze]
-        steps += [normalizers.Prepend(SPACE)] if model.prefix else []
-    steps.append(normalizers.Replace(" ", SPACE))
-    return [*steps, normalizers.Replace(Regex(rf"{SPACE}+\z"), "")] if model.squeeze else steps
+        begin += [normalizers.Replace(Regex(r"\A +"), "")] if model.squeeze else []
+        begin += [normalizers.Prepend(SPACE)] if model.prefix else []
+    end = [normalizers.Replace(Regex(rf"{SPACE}+\z"), "")] if model.squeeze else []
+    return [*several, *begin, normalizers.Replace(" ", SPACE), *end]
 
 
 def _normalization(model: Model, where: str) -> list[normalizers.Normalizer]:
@@ -296,7 +309,34 @@ def _normalization(model: Model, where: str) -> list[normalizers.Normalizer]:
     # The engine looks a whole grapheme up and takes what the table says of its beginning: marks would be lost. So each
     # character stands alone there, and what the table would have composed is composed before.
     apart = normalizers.Replace(Regex(r"(?!\A)(?=[^\x00-\x7F])|(?<=[^\x00-\x7F])(?!\z)|(?<=\r)(?=\n)"), ALONE)
-    return [*([normalizers.NFC()] if composes else []), apart, table, normalizers.Replace(ALONE, "")]
+    first = [normalizers.Replace(Regex(_blocked()), ALONE), normalizers.NFC()] if composes else []
+    return [*first, apart, table, normalizers.Replace(ALONE, "")]
+
+
+def _blocked() -> str:
+    """Where NFC would compose or order what SentencePiece, which reads from left to right once, leaves alone: a mark after a
+    letter that has one already, and marks out of order."""
+    marks = [chr(code) for code in range(0x300, 0x10000) if unicodedata.combining(chr(code))]
+    latin = [mark for mark in marks if mark < "\u0346"]
+    others = marks[len(latin) :]
+    letters = [char for char in map(chr, range(0xC0, 0xF900)) if re.fullmatch(r"\w+ \w+", unicodedata.decomposition(char))]
+    ways = [
+        (letters, marks),
+        ([chr(code) for code in range(0xAC00, 0xD7A4)], [chr(code) for code in range(0x11A8, 0x11C3)]),
+        (others, marks),
+        (latin, others),
+    ]
+    for order in sorted(set(map(unicodedata.combining, latin)))[1:]:
+        before = [mark for mark in latin if unicodedata.combining(mark) == order]
+        ways.append((before, [mark for mark in latin if unicodedata.combining(mark) < order]))
+    return "|".join(f"(?<=[{_ranges(before)}])(?=[{_ranges(after)}])" for before, after in ways)
+
+
+def _ranges(chars: Sequence[str]) -> str:
+    """Characters as the inside of a regular expression's brackets."""
+    codes = {ord(char) for char in chars}
+    starts, ends = sorted(code for code in codes if code - 1 not in codes), sorted(code for code in codes if code + 1 not in codes)
+    return "".join(rf"\x{{{start:X}}}-\x{{{end:X}}}" for start, end in zip(starts, ends, strict=True))
 
 
 def check_charsmap(data: bytes, *, where: str) -> None:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by one engine (the `tokenizers` library) whatever the file was: tokenizer.json or GGUF.
+"""Text to token ids and back, by one engine (the `tokenizers` library) whatever the file was: tokenizer.json, SentencePiece or GGUF.
 
 Content never makes a special token unless that is asked for, a continuation never gets a prefix of its own, and
 what streams out is what decoding the whole gives. Training tokenizers and WordPiece are left out.
@@ -17,7 +17,7 @@ from typing import Any
 import tokenizers
 
 from ..core.errors import DataError, FileError
-from . import gguf_vocab
+from . import gguf_vocab, sentencepiece_file
 from .files import read_json, read_text
 from .stream import Pieces, StreamDecoder
 
@@ -62,12 +62,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a model directory, or a tokenizer.json with its neighbors. Raises `FileError`."""
+        """From a model directory, a tokenizer.json or a SentencePiece .model with its neighbors. Raises `FileError`."""
         path = Path(path)
         file = path / FILE if path.is_dir() else path
-        engine = _parse(read_text(file), where=str(file))
+        if path.is_dir() and not file.is_file() and (path / sentencepiece_file.NAME).is_file():
+            file = path / sentencepiece_file.NAME
         config = read_json(file.parent / "special_tokens_map.json") | read_json(file.parent / CONFIG)
-        return cls(engine, config, where=str(file))
+        if file.suffix == ".model":
+            return cls(*sentencepiece_file.load(file, config), where=str(file))
+        return cls(_parse(read_text(file), where=str(file)), config, where=str(file))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:

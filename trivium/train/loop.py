@@ -27,6 +27,8 @@ from ..core.errors import ConfigError, DataError, TriviumError
 from ..core.log import log
 from ..core.seed import derive
 from ..core.spec import Spec
+from ..models.checkpointing import Recompute
+from ..models.transformer import TransformerModel
 from ..optim.masters import Masters
 from ..optim.optimizers import Optimizer
 from ..optim.schedules import Schedule
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from ..data.batch import Batch
 
 # What may change between a run and its resumption, because no later row or weight depends on it.
-FREE = ("save_every", "keep_last", "track")
+FREE = ("save_every", "keep_last", "track", "recompute")
 
 
 class TrainConfig(Spec):
@@ -50,6 +52,7 @@ class TrainConfig(Spec):
     micro: int | None = Field(None, gt=0, description="rows per forward and backward; none given: all rows of the update at once")
     clip: float | None = Field(1.0, gt=0.0, description="largest norm of the gradient; null: not clipped")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="dtype of the model; with bf16, what is trained has fp32 masters")
+    recompute: Recompute | None = Field(None, description="gradient checkpointing: what the backward computes again instead of keeping it")
     seed: int = Field(0, description="of the order of the rows and of dropout")
     validate_every: int | None = Field(None, gt=0, description="updates between validations; none given: after the last one only")
     save_every: int | None = Field(None, gt=0, description="updates between checkpoints; none given: after the last one only")
@@ -80,7 +83,7 @@ class Fit:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the step was finished and saved as `checkpoint`; the same call goes on from there."""
+    """Ctrl-C, SIGTERM or SIGHUP: the step was finished and saved as `checkpoint`; the same call goes on from there."""
 
     def __init__(self, step: int, saved: Path):
         super().__init__(f"interrupted after step {step}, which is saved in {saved}; run the same again to go on")
@@ -118,6 +121,10 @@ def fit(
         "steps": total,
         **(identity or {}),
     }
+    if config.recompute is not None and not isinstance(model, TransformerModel):
+        raise ConfigError("train.recompute: only the layers of a transformer can be computed again", field="train.recompute")
+    if isinstance(model, TransformerModel):
+        model.recompute = config.recompute
     with checkpoint.locked(directory), _own_randomness(model), _signals() as interrupted:
         checkpoint.clean(directory)
         masters = Masters(model, optim, dtype=dtype(config.precision))
@@ -276,7 +283,7 @@ def _own_randomness(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether SIGINT or SIGTERM came. The second one acts at once."""
+    """Gives a function that tells whether SIGINT, SIGTERM or SIGHUP (the terminal went away) came. The second one acts at once."""
     caught: list[int] = []
     before: dict[signal.Signals, Any] = {}
 
@@ -287,7 +294,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
         log.say("finishing this step and saving it; once more stops at once")
 
     if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
-        before.update({number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)})
+        before.update({number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)})
     try:
         yield lambda: bool(caught)
     finally:

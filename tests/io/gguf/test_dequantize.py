@@ -55,6 +55,7 @@ def test_every_type_that_the_package_decodes_is_decoded():
         assert name in DECODERS or name in STORED
 
 
+@pytest.mark.concept("X.35", part="io/gguf/dequantize.py")
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_random_bytes(kind: str):
     raw = random_blocks(kind, rows=7, blocks=12)

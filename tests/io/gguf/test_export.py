@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.assets import asset
 from tests.io.gguf.files import llama
-from tests.io.gguf.test_family import CONFIGS, LLAMA3, rebuilt
+from tests.io.gguf.test_family import CONFIGS, LLAMA3
 from tests.tiny import tiny
 from trivium.adapt.lora import LoRA
 from trivium.adapt.passes import apply_passes
 from trivium.core.errors import ConfigError, FileError
+from trivium.infer.sampling import Sampling
 from trivium.io.directory import assemble
 from trivium.io.gguf.export import _stored, interleaved, write_model
 from trivium.io.gguf.family import to_hf
@@ -29,7 +30,6 @@ from trivium.io.gguf.writer import write_gguf
 from trivium.io.tensors import Lazy
 from trivium.models.presets import llama as shape
 from trivium.models.transformer import Transformer, TransformerModel
-from trivium.nn.activations import Activation
 from trivium.nn.patterns import Window
 from trivium.recipes.gguf import export_gguf, modelfile
 from trivium.recipes.load import Bundle, load
@@ -79,7 +79,7 @@ def test_there_and_back_is_the_same_model(tmp_path: Path, case: str, dtype: str)
     back, expected = LlamaConfig(**found.config).to_dict(), source.config.to_dict()
     for key in expected.keys() - {"architectures", "dtype"}:
         assert back[key] == expected[key], key
-    again, rest_again = assemble(found.config, found.tensors)
+    again, _ = assemble(found.config, found.tensors)
     assert again.spec == model.spec
     for (name, mine), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
         assert mine.dtype == theirs.dtype and torch.equal(mine, theirs), name
@@ -160,6 +160,21 @@ def test_from_directory_to_gguf_to_directory(tmp_path: Path):
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
     assert (first / "generation_config.json").read_bytes() == (second / "generation_config.json").read_bytes()
     assert (first / "chat_template.jinja").read_text() == (second / "chat_template.jinja").read_text()
+
+
+@pytest.mark.concept("X.35", part="io/gguf/family.py")
+@pytest.mark.slow
+def test_the_real_packed_model_talks_and_agrees_with_transformers():
+    """SmolLM2 as Q4_1: the logits of what transformers makes of the same file, and sense when it speaks."""
+    path = asset("smollm2")
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    made = load(path, dtype="fp32")
+    tokens = torch.tensor([made.tokenizer.encode("Gravity is the force that pulls 12 apples to the ground.")])
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert torch.allclose(made.model(tokens).logits, expected, atol=1e-3)
+    assert expected.std() > 1
+    assert "Paris" in made.chat("What is the capital of France?", sampling=Sampling(temperature=0, max_tokens=24)).text
 
 
 @pytest.mark.slow

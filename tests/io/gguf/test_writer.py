@@ -119,7 +119,8 @@ def test_q8_0_error_is_at_most_half_a_step():
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [(-1, "a.b: -1 does not fit"), (2**32, "does not fit"), (1e39, "does not fit"), ("\ud800", "UTF-8"), ([2**31], "does not fit")]
+    ("value", "message"),
+    [(-1, "a.b: -1 does not fit"), (2**32, "does not fit"), (1e39, "does not fit"), ("\ud800", "UTF-8"), ([2**31], "does not fit")],
 )
 def test_values_that_do_not_fit_are_refused(tmp_path: Path, value: object, message: str):
     with pytest.raises(FileError, match=message):

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ...core.errors import ConfigError, FileError, unknown
 from ...models.transformer import TransformerModel
+from ...text.gguf_export import metadata as vocabulary
+from ...text.tokenizer import Tokenizer
 from ..hf import families
 from ..rules import backward, some
 from ..tensors import Lazy
@@ -26,9 +28,6 @@ from .dequantize import CHUNK, TYPES
 from .family import ARCHITECTURES, LLAMA3, ROPE_FACTORS, llama3_factors
 from .quantize import quantize
 from .writer import Stored, write_gguf
-
-if TYPE_CHECKING:
-    from ...text.tokenizer import Tokenizer
 
 ARCH = "llama"
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # general.file_type
@@ -66,8 +65,6 @@ def write_model(
     them the ids of tokens that begin, end and pad go along. Raises `ConfigError` with the reason where GGUF's architecture
     `llama` cannot say what this model or its tokenizer does, `FileError` if the file cannot be written.
     """
-    from ...text.gguf_export import metadata as vocabulary
-
     path = Path(path)
     kind = _kind(dtype, model.dtype)
     config, tensors = _in_family(path, model, rest or {})

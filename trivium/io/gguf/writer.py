@@ -93,7 +93,7 @@ def _value(value: Any, key: str) -> bytes:
     return struct.pack("<IIQ", ARRAY, kind, len(value)) + b"".join(_packed(item, kind, key) for item in value)
 
 
-def _kind(value: bool | int | float | str) -> int:
+def _kind(value: object) -> int:
     return {bool: BOOL, int: INT32, float: FLOAT32, str: STRING}[type(value)]
 
 

@@ -1,0 +1,141 @@
+"""What a model costs, counted without running it: parameters, matrix products forward and backward, cache.
+
+The modules are walked as they stand after all passes, also on the meta device: linear maps and adapters count their own
+sizes, mixers declare the products beside them, so a new part needs nothing here. Elementwise work is left out, as in
+torch's FlopCounterMode; attention is counted as its naive statement, gradients as autograd takes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.adapted import AdaptedLinear, LowRank
+from ..nn.attention import MixerModule
+from ..nn.heads import LanguageHead
+from ..nn.inputs import Inputs
+from ..nn.linear import Linear, Projections
+from ..nn.products import Product
+from ..nn.step import Step
+from ..nn.store import Slots
+from .block import Layer
+from .checkpointing import Recompute
+from .transformer import TransformerModel
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """`total` counts shared ones once; `trained` are those that require a gradient."""
+
+    total: int
+    trained: int
+
+
+def parameters(model: nn.Module) -> Parameters:
+    """Exact, whatever device the model is on."""
+    found = list(model.parameters())
+    return Parameters(sum(p.numel() for p in found), sum(p.numel() for p in found if p.requires_grad))
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations in matrix products. `again`: what gradient checkpointing computes a second time."""
+
+    forward: int
+    backward: int
+    again: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward + self.again
+
+
+def flops(model: TransformerModel, segments: Tensor, *, kept: int) -> Flops:
+    """Of one batch with `segments` [B, T] (the document of each token, -1 is padding), on the CPU. `kept`: at how many
+    places logits are computed. The backward is that of all parameters that require a gradient."""
+    step = Step.begin(Inputs(torch.zeros_like(segments), segments=segments), causal=model.spec.causal)
+    return _count(model, step, tokens=segments.numel(), kept=kept)
+
+
+def decoding_flops(model: TransformerModel, *, held: int) -> int:
+    """Of one more token of one row whose cache holds `held`."""
+    inputs = Inputs(torch.zeros(1, 1, dtype=torch.int64))
+    step = Step(torch.tensor([[held]]), None, Slots(held, held + 1, None, None), None, inputs, model.spec.causal)
+    return _count(model, step, tokens=1, kept=1).forward
+
+
+def cache_bytes(model: TransformerModel) -> list[int]:
+    """By layer: the bytes that one token of one row takes in a cache of the model's dtype."""
+    states = [layer.state() for layer in model.layers if isinstance(layer, Layer)]
+    return [sum(math.prod(entry.shape) for entry in state.values()) * model.dtype.itemsize for state in states]
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _count(model: TransformerModel, step: Step, *, tokens: int, kept: int) -> Flops:
+    walk = _Walk(step)
+    flowing = walk.visit(model.embed, tokens, flowing=False)
+    halves: list[dict[str, list[Product]]] = []
+    for layer in model.layers:
+        halves.append({"mixer": [], "ffn": []})
+        for name, child in layer.named_children():
+            before = len(walk.products)
+            flowing = walk.visit(child, tokens, flowing=flowing)
+            halves[-1]["ffn" if name.startswith("ffn") else "mixer"] += walk.products[before:]
+    flowing = walk.visit(model.final_norm, tokens, flowing=flowing)
+    walk.visit(model.head, kept, flowing=flowing)
+    if isinstance(model.head, LanguageHead) and model.head.spec.tied:
+        table = model.embed.weight
+        assert isinstance(table, Tensor)
+        walk.products.append(Product(2 * kept * table.numel(), flowing, table.requires_grad))
+    forward, backward = sum(p.flops for p in walk.products), sum(p.backward for p in walk.products)
+    return Flops(forward, backward, 0 if model.recompute is None else _again(halves, model.recompute))
+
+
+def _again(halves: list[dict[str, list[Product]]], recompute: Recompute) -> int:
+    """What is computed a second time: stretches through which gradients pass, but for a last plain product, whose result
+    no gradient needs."""
+    if recompute.only is None:
+        stretches = [
+            [product for layer in halves[i : i + recompute.every] for half in layer.values() for product in half]
+            for i in range(0, len(halves), recompute.every)
+        ]
+    else:
+        stretches = [layer[recompute.only] for layer in halves]
+    return sum(p.flops for stretch in stretches if any(p.backward for p in stretch) for p in (stretch[:-1] if stretch[-1].right else stretch))
+
+
+class _Walk:
+    """Collects products. Modules run in the order of their registration; those of a container of projections, and an
+    adapted map's base and updates, read the same input."""
+
+    def __init__(self, step: Step):
+        self.step = step
+        self.products: list[Product] = []
+
+    def visit(self, module: nn.Module, tokens: int, *, flowing: bool) -> bool:
+        """`flowing`: whether the input has a gradient. Returns whether the output has one."""
+        if isinstance(module, Linear):
+            self.products.append(Product(2 * tokens * module.weight.numel(), flowing, module.weight.requires_grad))
+        elif isinstance(module, LowRank):
+            self.products.append(Product(2 * tokens * module.A.numel(), flowing, module.A.requires_grad))
+            self.products.append(Product(2 * tokens * module.B.numel(), flowing or module.A.requires_grad, module.B.requires_grad))
+            return flowing or module.A.requires_grad or module.B.requires_grad
+        elif isinstance(module, Projections | AdaptedLinear | nn.ModuleDict):
+            return any([self.visit(child, tokens, flowing=flowing) for child in module.children()])
+        flowing = flowing or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        for child in module.children():
+            if isinstance(module, MixerModule) and isinstance(child, Projections):
+                flows = {name: self.visit(inner, tokens, flowing=flowing) for name, inner in child.named_children()}
+                own = module.products(self.step, flows)
+                self.products += own
+                flowing = any(product.backward for product in own) or any(flows.values())
+            else:
+                flowing = self.visit(child, tokens, flowing=flowing)
+        return flowing
