@@ -21,7 +21,7 @@ check: lint assets  # the tests that are not slow
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyrefly check --summary none
+	$(BIN)/pyrefly check --summary=none
 	$(BIN)/lint-imports --no-cache --no-logo
 
 assets: .venv/installed-test  # the few real models and tokenizers that tests use

@@ -1,4 +1,4 @@
-"""Trivium builds, adapts, measures and serves language models, from raw text to agent.
+"""Trivium builds, adapts, measures and runs language models.
 
 Names are resolved on first use, so that `import trivium` costs nothing and imports no torch.
 """
@@ -13,7 +13,12 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "trivium.recipes.load",
     "Bundle": "trivium.recipes.load",
+    "pretrain": "trivium.recipes.pretrain",
+    "Pretrain": "trivium.recipes.pretrain",
+    "Sampling": "trivium.infer.sampling",
     "sft": "trivium.recipes.sft",
+    "SFT": "trivium.recipes.sft",
+    "TrainConfig": "trivium.train.loop",
     "Run": "trivium.train.run",
     "Inputs": "trivium.nn.inputs",
     "Output": "trivium.nn.inputs",
@@ -24,12 +29,17 @@ __all__ = [*_HOME, "__version__"]  # noqa: PLE0604 - resolved lazily below
 
 if TYPE_CHECKING:
     from .core.errors import TriviumError as TriviumError
+    from .infer.sampling import Sampling as Sampling
     from .models.transformer import Transformer as Transformer
     from .nn.inputs import Inputs as Inputs
     from .nn.inputs import Output as Output
     from .recipes.load import Bundle as Bundle
     from .recipes.load import load as load
+    from .recipes.pretrain import Pretrain as Pretrain
+    from .recipes.pretrain import pretrain as pretrain
+    from .recipes.sft import SFT as SFT
     from .recipes.sft import sft as sft
+    from .train.loop import TrainConfig as TrainConfig
     from .train.run import Run as Run
 
 

@@ -41,7 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.concept("T06.03", "X.128", part="io/peft.py")
+@pytest.mark.concept("T06.03", part="io/peft.py")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_there_and_back(base, tmp_path, name):
     """PEFT saves, we load with one A for q, k and v; we save, PEFT loads; and the tensors are the same again."""
@@ -84,7 +84,7 @@ APART: dict[str, LoRA] = {
 }  # fmt: skip
 
 
-@pytest.mark.concept("T06.03", "X.128", part="io/peft.py")
+@pytest.mark.concept("T06.03", part="io/peft.py")
 @pytest.mark.parametrize("name", APART)
 def test_parts_trained_apart_become_one_of_the_summed_rank(base, tmp_path, name):
     model = here(base)
@@ -112,7 +112,7 @@ def test_parts_trained_apart_become_one_of_the_summed_rank(base, tmp_path, name)
         assert off(theirs(tmp_path / "merged")(X).logits, expected) < 1e-5
 
 
-@pytest.mark.concept("T06.03", "X.128", part="io/peft.py")
+@pytest.mark.concept("T06.03", part="io/peft.py")
 def test_a_shared_a_is_trained_copied_saved_merged_and_taken_apart_as_one(base, tmp_path):
     model = here(base)
     LoRA(rank=3, alpha=6.0, targets=("q", "k", "v"), shared=("mixer.inp",)).apply(model)

@@ -24,7 +24,6 @@ SPECS = {**dict(PARTS), "window": WINDOWED, "tiny-llama": presets.get("tiny-llam
 def counter() -> FlopCounterMode:
     """torch's counter, which knows addmm but not its in-place form."""
 
-
     def in_place(y, a, b, *, alpha=1, beta=1, out_shape=None):
         return 2 * a[0] * a[1] * b[1]
 

@@ -44,7 +44,7 @@ def torchs(params: dict[str, Tensor], spec: AdamW) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, amsgrad=spec.amsgrad, foreach=False)
 
 
-@pytest.mark.concept("T10.04")
+@pytest.mark.concept("T10.04", part="optim/optimizers.py")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-7), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
@@ -60,7 +60,7 @@ def test_trajectories_are_torchs(dtype, tolerance, amsgrad, fused):
     assert distance(ours, parameters(dtype)) > 0.1
 
 
-@pytest.mark.concept("T10.04")
+@pytest.mark.concept("T10.04", part="optim/optimizers.py")
 @pytest.mark.parametrize("fused", [False, True])
 def test_decay_is_decoupled_from_the_gradient(fused):
     """With decay in the gradient (Adam + L2) Adam's normalization undoes it; AdamW takes the same share away whatever the gradient's scale."""
@@ -88,7 +88,7 @@ def test_decay_is_decoupled_from_the_gradient(fused):
     assert (decayed["adamw"][0] - small).abs().max() > 1e-4
 
 
-@pytest.mark.concept("T10.04")
+@pytest.mark.concept("T10.04", part="optim/optimizers.py")
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_state_goes_to_torch_and_back(fused, amsgrad):

@@ -34,7 +34,7 @@ def close(ours: list[float], theirs: list[float]) -> None:
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-12
 
 
-@pytest.mark.concept("T10.05")
+@pytest.mark.concept("T10.05", part="optim/schedules.py")
 @pytest.mark.parametrize("warmup", [0, 1, 7, 40])
 def test_warmup_and_linear_decay_are_transformers(warmup):
     theirs = rates(transformers.get_linear_schedule_with_warmup(optimizer(), warmup, 53), 53)
@@ -43,14 +43,14 @@ def test_warmup_and_linear_decay_are_transformers(warmup):
     close(factors(Constant(warmup=warmup), 53), theirs)
 
 
-@pytest.mark.concept("T10.05")
+@pytest.mark.concept("T10.05", part="optim/schedules.py")
 def test_warmup_is_a_count_or_a_share():
     assert factors(Linear(warmup=0.1), 41) == factors(Linear(warmup=5), 41)  # a share is rounded up, as in transformers
     assert [Constant(warmup=4).factor(step, 100) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert count(0.0, 10) == 0 and count(1, 10) == 1 and count(0.99, 10) == 10
 
 
-@pytest.mark.concept("T10.06")
+@pytest.mark.concept("T10.06", part="optim/schedules.py")
 @pytest.mark.parametrize("warmup", [0, 6])
 def test_cosine_is_transformers(warmup):
     close(factors(Cosine(warmup=warmup), 61), rates(transformers.get_cosine_schedule_with_warmup(optimizer(), warmup, 61), 61))
@@ -60,7 +60,7 @@ def test_cosine_is_transformers(warmup):
     close(factors(Cosine(warmup=warmup, minimum=0.2), 61), theirs)
 
 
-@pytest.mark.concept("T10.06")
+@pytest.mark.concept("T10.06", part="optim/schedules.py")
 def test_cosine_is_torchs():
     close(factors(Cosine(minimum=0.1), 50), rates(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer(), 50, eta_min=0.1), 50))
     theirs = rates(torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer(), 15, eta_min=0.1), 60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.text.test_gguf_vocab import NAMES, _trained
 from tests.text.test_tokenizer import TEXTS
 from trivium.core.errors import ConfigError
 from trivium.io.gguf.reader import open_gguf
+from trivium.text.bpe import train
 from trivium.text.gguf_export import metadata
 from trivium.text.stream import byte_alphabet
 from trivium.text.tokenizer import Tokenizer
@@ -71,6 +73,23 @@ def test_pieces_come_back(prefix: bool, symbols: list[str]) -> None:
     merged = [id for id, token in enumerate(found["tokenizer.ggml.tokens"]) if kinds[id] == 1 and len(token) > 1]
     by_theirs = sorted(merged, key=lambda id: -there["tokenizer.ggml.scores"][id])
     assert sorted(merged, key=lambda id: -scores[id]) == by_theirs, "scores order the tokens as sentencepiece's own do"
+
+
+@cache
+def trained(split: str) -> Tokenizer:
+    """A tokenizer trained on this file."""
+    return train([Path(__file__).read_text()], size=600, split=split).tokenizer
+
+
+SPLITS = {"gpt2": "gpt-2", "gpt4": "smaug-bpe", "qwen2": "stablelm2"}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_trained_tokenizers_come_back(split: str) -> None:
+    mine = trained(split)
+    found, notes = metadata(mine)
+    assert found["tokenizer.ggml.pre"] == SPLITS[split] and not notes
+    same(mine, Tokenizer.from_gguf(found))
 
 
 # What cannot be said

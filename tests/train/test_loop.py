@@ -68,7 +68,7 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in a)
 
 
-@pytest.mark.concept("T10.03")
+@pytest.mark.concept("T10.03", part="train/loop.py")
 @pytest.mark.parametrize("micro", [1, 2, 3])
 def test_accumulated_is_one_batch(tmp_path, micro):
     whole = gradients(tmp_path / "whole", micro=None, precision="fp32")
@@ -80,7 +80,7 @@ def test_accumulated_is_one_batch(tmp_path, micro):
     assert apart({name: p.grad for name, p in trained.named_parameters()}, whole) > 0.1
 
 
-@pytest.mark.concept("T10.03")
+@pytest.mark.concept("T10.03", part="train/loop.py")
 def test_accumulated_bf16_is_as_near_as_one_bf16_batch(tmp_path):
     exact = gradients(tmp_path / "exact", micro=None, precision="fp32")
     one = apart(gradients(tmp_path / "one", micro=None, precision="bf16"), exact)
@@ -88,7 +88,7 @@ def test_accumulated_bf16_is_as_near_as_one_bf16_batch(tmp_path):
     assert 0 < accumulated < 1.5 * one < 0.2
 
 
-@pytest.mark.concept("T10.03")
+@pytest.mark.concept("T10.03", part="train/loop.py")
 def test_updates_and_memory_do_not_depend_on_the_number_of_micro_batches(tmp_path):
     """Bytes that autograd holds at once, by rows per update, with one row per micro-batch."""
     most = []

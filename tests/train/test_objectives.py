@@ -26,7 +26,8 @@ def draw(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Ten
     return logits.to(dtype).requires_grad_(), torch.randint(vocab, (rows,), generator=generator)
 
 
-@pytest.mark.concept("X.18", "T05.01")
+@pytest.mark.concept("X.18", part="train/cross_entropy.py")
+@pytest.mark.concept("T05.01", part="train/objectives.py")
 @given(st.integers(1, 40), st.integers(2, 50), st.sampled_from([0.0, 0.1, 0.7]), st.sampled_from([1, 64, 1 << 20]))
 @settings(max_examples=60, deadline=None)
 def test_cross_entropy_is_torchs(rows, vocab, smoothing, chunk):
@@ -41,7 +42,7 @@ def test_cross_entropy_is_torchs(rows, vocab, smoothing, chunk):
     assert (found - expected).abs().max() <= 1e-6
 
 
-@pytest.mark.concept("X.18")
+@pytest.mark.concept("X.18", part="train/cross_entropy.py")
 def test_cross_entropy_of_fp64_is_computed_in_fp64():
     logits, labels = draw(5, 7, torch.float64)
     (found,) = torch.autograd.grad(cross_entropy_sum(logits, labels, label_smoothing=0.2), logits)
@@ -70,7 +71,7 @@ def test_without_gradients_none_is_computed_and_a_second_backward_is_an_error():
         loss.backward()
 
 
-@pytest.mark.concept("T05.01")
+@pytest.mark.concept("T05.01", part="train/objectives.py")
 def test_loss_is_transformers_causal_loss():
     """Shifted, with what is no target ignored."""
     batch, trained = Rows().batch(0), model()
@@ -95,7 +96,7 @@ def unpacked(batch: Batch) -> Batch:
     return Batch(segments=segments, **parts)
 
 
-@pytest.mark.concept("T05.01")
+@pytest.mark.concept("T05.01", part="train/objectives.py")
 def test_packed_is_unpacked_with_gradients():
     packed = Rows(rows=5).batch(1)
     apart = unpacked(packed)

@@ -77,7 +77,7 @@ def labels(batch: Batch) -> Tensor:
     return batch.tokens.masked_fill(~batch.targets, -100)
 
 
-@pytest.mark.concept("T06.01")
+@pytest.mark.concept("T06.01", part="train/loop.py")
 def test_loss_is_transformers():
     ours, theirs = pair()
     batch = padded()
@@ -86,7 +86,7 @@ def test_loss_is_transformers():
     assert expected > 1 and abs(found - expected) < 1e-5
 
 
-@pytest.mark.concept("T06.01")
+@pytest.mark.concept("T06.01", part="train/loop.py")
 @pytest.mark.parametrize("micro", [None, 1])
 def test_one_step_is_the_trainers(tmp_path, micro):
     """One AdamW step with decay and clipping; accumulated on both sides when `micro` is given."""
@@ -140,7 +140,7 @@ class Recall:
         return round(epochs)
 
 
-@pytest.mark.concept("T06.01")
+@pytest.mark.concept("T06.01", part="train/loop.py")
 def test_a_task_is_learned_from_chance(tmp_path):
     spec = llama(dim=32, layers=2, heads=4, kv_heads=4, head_dim=8, hidden=64, vocab=VOCAB, context=16)
     trained = initialize(build(spec, device="cpu"), seed=0)

@@ -18,9 +18,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 HERE = Path(__file__).parent
 VARIANTS = {"AVX512": "v4", "AVX2": "v3"}  # torch's name of what the processor can do -> x86-64-v*; others run the plain one
+PLAIN = (Tensor, nn.Parameter, FakeTensor)  # a ghost (of `plan`) goes where the tensor that it stands for would go
 
 SIGNATURES = {
     "rms_norm": ([c_int, *[c_void_p] * 4, c_long, c_long, c_float, c_float, c_int, c_int], None),
@@ -109,31 +111,26 @@ def takes(*tensors: Tensor) -> bool:
     dtype = tensors[0].dtype
     if dtype is not torch.bfloat16 and dtype is not torch.float32:
         return False
-    return all(x.dtype is dtype and x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) for x in tensors)
+    return all(x.dtype is dtype and x.device.type == "cpu" and type(x) in PLAIN for x in tensors)
 
 
-def _half(x: Tensor) -> int:
-    return int(x.dtype is torch.bfloat16)
-
-
-def _lib() -> ctypes.CDLL:
-    assert _found.library is not None
-    return _found.library
-
-
-def _check(failed: int) -> None:
-    if failed:
+def _run(name: str, *arguments: Tensor | float | None) -> None:
+    """Call the library: tensors as pointers, before them the dtype of the first, after them the threads. A ghost is computed by no one."""
+    first = arguments[0]
+    assert isinstance(first, Tensor) and _found.library is not None
+    if isinstance(first, FakeTensor):
+        return
+    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    function = getattr(_found.library, f"trivium_{name}")
+    if function(int(first.dtype is torch.bfloat16), *values, torch.get_num_threads()):
         raise MemoryError("no memory for a native kernel's scratch")
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float, round_first: bool) -> tuple[Tensor, Tensor]:
     """x [..., C] contiguous, weight [C] -> the norm like x, and each row's 1 / rms [...], float32, for the backward."""
     assert x.is_contiguous() and weight.is_contiguous() and weight.shape == x.shape[-1:]
-    y, scales = torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
-    _lib().trivium_rms_norm(
-        _half(x), x.data_ptr(), weight.data_ptr(), y.data_ptr(), scales.data_ptr(), scales.numel(), x.shape[-1], eps, offset, round_first,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    y, scales = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    _run("rms_norm", x, weight, y, scales, scales.numel(), x.shape[-1], eps, offset, round_first)
     return y, scales
 
 
@@ -143,13 +140,7 @@ def rms_norm_backward(
     """Gradients of x [..., C] and, if wanted, of the weight [C]; `scales` is what `rms_norm` gave."""
     assert grad.is_contiguous() and grad.shape == x.shape
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight) if weight_too else None
-    _check(
-        _lib().trivium_rms_norm_backward(
-            _half(x), x.data_ptr(), weight.data_ptr(), scales.data_ptr(), grad.data_ptr(), grad_x.data_ptr(),
-            None if grad_weight is None else grad_weight.data_ptr(), scales.numel(), x.shape[-1], offset, round_first,
-            torch.get_num_threads(),
-        )
-    )  # fmt: skip
+    _run("rms_norm_backward", x, weight, scales, grad, grad_x, grad_weight, scales.numel(), x.shape[-1], offset, round_first)
     return grad_x, grad_weight
 
 
@@ -157,7 +148,7 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise, both contiguous and of one shape."""
     assert gate.is_contiguous() and up.is_contiguous() and gate.shape == up.shape
     out = torch.empty_like(gate)
-    _lib().trivium_silu_times(_half(gate), gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel(), torch.get_num_threads())
+    _run("silu_times", gate, up, out, gate.numel())
     return out
 
 
@@ -165,10 +156,7 @@ def silu_times_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor,
     """Gradients of gate and up."""
     assert grad.is_contiguous() and grad.shape == gate.shape
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    _lib().trivium_silu_times_backward(
-        _half(gate), gate.data_ptr(), up.data_ptr(), grad.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr(), gate.numel(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    _run("silu_times_backward", gate, up, grad, grad_gate, grad_up, gate.numel())
     return grad_gate, grad_up
 
 
@@ -182,23 +170,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor
     assert cos.shape == sin.shape and cos.shape[0] in (1, batch) and cos.shape[1:] == (1, time, dim // 2)
     y = torch.empty_like(x)
     if y.stride(-1) != 1:
-        y = torch.empty(x.shape, dtype=x.dtype)
-    _lib().trivium_rotate(
-        _half(x), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), batch, heads, time, dim, *x.stride()[:3], *y.stride()[:3],
-        0 if cos.shape[0] == 1 else time * (dim // 2), -1.0 if back else 1.0, torch.get_num_threads(),
-    )  # fmt: skip
+        y = x.new_empty(x.shape)
+    between = 0 if cos.shape[0] == 1 else time * (dim // 2)  # one row's tables and the next
+    _run("rotate", x, cos, sin, y, batch, heads, time, dim, *x.stride()[:3], *y.stride()[:3], between, -1.0 if back else 1.0)
     return y
 
 
 def causal_softmax_(scores: Tensor, scale: float) -> Tensor:
-    """softmax(scores * scale) in place, scores [..., n * T, T] contiguous: row r sees its first r % T + 1 places; the others become 0. `scale` > 0."""
-    assert scores.is_contiguous() and scores.shape[-2] % scores.shape[-1] == 0 and scale > 0
+    """softmax(scores * scale) in place, scores [..., n * T, T] contiguous: row r sees its first r % T + 1 places; the others
+    become 0. `scale` > 0."""
     time = scores.shape[-1]
-    _check(
-        _lib().trivium_causal_softmax(
-            _half(scores), scores.data_ptr(), scores.numel() // max(time, 1), time, scale, torch.get_num_threads()
-        )
-    )
+    assert scores.is_contiguous() and scores.shape[-2] % time == 0 and scale > 0
+    _run("causal_softmax", scores, scores.numel() // time, time, scale)
     return scores
 
 
@@ -206,9 +189,7 @@ def causal_softmax_backward_(weights: Tensor, grad: Tensor, scale: float) -> Ten
     """The gradient of the scores, written over `grad`, that of the weights that `causal_softmax_` gave."""
     assert weights.is_contiguous() and grad.is_contiguous() and weights.shape == grad.shape
     time = grad.shape[-1]
-    _lib().trivium_causal_softmax_backward(
-        _half(grad), weights.data_ptr(), grad.data_ptr(), grad.numel() // max(time, 1), time, scale, torch.get_num_threads()
-    )
+    _run("causal_softmax_backward", weights, grad, grad.numel() // time, time, scale)
     return grad
 
 
@@ -218,11 +199,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float, gra
     rows, vocab = logits.shape
     assert logits.is_contiguous() and labels.is_contiguous() and labels.dtype is torch.int64 and labels.shape == (rows,)
     assert grad is None or (grad.is_contiguous() and grad.shape == logits.shape and grad.dtype is logits.dtype)
-    losses = torch.empty(rows, dtype=torch.float32)
     if rows and not (0 <= int(labels.min()) and int(labels.max()) < vocab):
         raise IndexError(f"a label is outside the vocabulary of {vocab}")
-    _lib().trivium_cross_entropy(
-        _half(logits), logits.data_ptr(), labels.data_ptr(), None if grad is None else grad.data_ptr(), losses.data_ptr(), rows, vocab,
-        label_smoothing, torch.get_num_threads(),
-    )  # fmt: skip
+    losses = logits.new_empty(rows, dtype=torch.float32)
+    _run("cross_entropy", logits, labels, grad, losses, rows, vocab, label_smoothing)
     return losses

@@ -108,7 +108,9 @@ def _again(halves: list[dict[str, list[Product]]], recompute: Recompute) -> int:
         ]
     else:
         stretches = [layer[recompute.only] for layer in halves]
-    return sum(p.flops for stretch in stretches if any(p.backward for p in stretch) for p in (stretch[:-1] if stretch[-1].right else stretch))
+    return sum(
+        p.flops for stretch in stretches if any(p.backward for p in stretch) for p in (stretch[:-1] if stretch[-1].right else stretch)
+    )
 
 
 class _Walk:

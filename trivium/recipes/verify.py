@@ -139,6 +139,7 @@ def _text(bundle: Bundle) -> Iterator[Check]:
     import jinja2.sandbox
     import tokenizers
 
+    ours = bundle.prompt.generation(CONVERSATION)  # first, within our limits: a template that never ends is stopped here
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     special = {
@@ -148,7 +149,6 @@ def _text(bundle: Bundle) -> Iterator[Check]:
     rendered = environment.from_string(bundle.prompt.template).render(messages=list(CONVERSATION), add_generation_prompt=True, **special)
     engine = tokenizers.Tokenizer.from_str(bundle.tokenizer.json())
     theirs = engine.encode(rendered, add_special_tokens=False).ids
-    ours = bundle.prompt.generation(CONVERSATION)
     yield Check(f"{len(ours)} token ids of a conversation", "jinja2 and tokenizers", _distance(ours, theirs), 0, "ids that differ")
     decoder, text = bundle.tokenizer.stream(), bundle.tokenizer.decode(ours)
     streamed = "".join([decoder.push(i) for i in ours]) + decoder.finish()

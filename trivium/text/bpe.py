@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import tokenizers
@@ -29,6 +30,9 @@ splits.add("gpt4", PRE["llama-bpe"][0])
 splits.add("qwen2", PRE["qwen2"][0])
 splits.add("whitespace", r"\s*\S+|\s+$")
 splits.add("digits", r"\p{N}|[^\p{N}]+")
+
+PART = 1 << 20  # characters that are cut into words at a time: what that takes is many times the text
+BOUNDARY = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,32 @@ def pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
 
 def count_words(texts: Iterable[str], *, split: str = "gpt4", most_words: int = 2_000_000) -> Words:
     """Count the words of `texts`. Never holds more than about `most_words` different ones: past that, those seen least
-    often are dropped, all of one count together."""
+    often are dropped, all of one count together, until a tenth is free."""
     cut, counts, dropped = pre_tokenizer(split), Counter(), 0
     for text in texts:
-        counts.update([word for word, _ in cut.pre_tokenize_str(text)])
-        while len(counts) > most_words:
-            rarest = min(counts.values())
-            gone = [word for word, count in counts.items() if count == rarest]
-            dropped += rarest * len(gone)
-            for word in gone:
-                del counts[word]
+        for part in _parts(text):
+            counts.update([word for word, _ in cut.pre_tokenize_str(part)])
+            if len(counts) <= most_words:
+                continue
+            while len(counts) > most_words - most_words // 10:
+                few = min(counts.values())
+                gone = [word for word, count in counts.items() if count == few]
+                dropped += few * len(gone)
+                for word in gone:
+                    del counts[word]
     return Words(counts, dropped)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text in parts of about `PART` characters, cut before a single space between others, where the published patterns cut."""
+    at = 0
+    while len(text) - at > PART:
+        found = BOUNDARY.search(text, at + PART)
+        if found is None:
+            break
+        yield text[at : found.start()]
+        at = found.start()
+    yield text[at:]
 
 
 def train_merges(counts: Mapping[str, int], *, alphabet: Sequence[str], size: int, min_count: int = 2) -> list[tuple[str, str]]:

@@ -72,7 +72,7 @@ def build(metadata: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
     for end, default in {"bos": kind == "llama", "eos": False}.items():
         wanted = bool(metadata.get(f"tokenizer.ggml.add_{end}_token", default))
         config[f"add_{end}_token"] = wanted and f"{end}_token" in config
-    engine.post_processor = _ends(engine, config)
+    engine.post_processor = ends(engine, config)
     return engine, config
 
 
@@ -139,10 +139,10 @@ def _merges(vocab: dict[str, int], scores: list[float], types: list[int]) -> Ite
                 yield token[:cut], token[cut:]
 
 
-def _ends(engine: Tokenizer, config: Mapping[str, Any]) -> processors.TemplateProcessing | None:
+def ends(engine: Tokenizer, config: Mapping[str, Any]) -> processors.TemplateProcessing | None:
     """What writes the tokens that begin and end a text, for whoever loads the saved tokenizer.json."""
-    ends = {end: config[f"{end}_token"] for end in ("bos", "eos") if config[f"add_{end}_token"]}
-    if not ends:
+    found = {end: config[f"{end}_token"] for end in ("bos", "eos") if config[f"add_{end}_token"]}
+    if not found:
         return None
-    single = [ends.get(part, part) for part in ("bos", "$A", "eos") if part in ends or part == "$A"]
-    return processors.TemplateProcessing(single=single, special_tokens=[(token, engine.token_to_id(token)) for token in set(ends.values())])
+    single = [found.get(part, part) for part in ("bos", "$A", "eos") if part in found or part == "$A"]
+    return processors.TemplateProcessing(single=single, special_tokens=[(token, engine.token_to_id(token)) for token in set(found.values())])

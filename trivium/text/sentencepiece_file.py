@@ -8,9 +8,8 @@ character models, spaces at the end of words, and pieces switched off (type UNUS
 from __future__ import annotations
 
 import re
-import struct
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from ..core.errors import FileError
 from .files import MAX_BYTES
-from .gguf_vocab import BYTE, CONTROL, MAX_TOKENS, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from .gguf_vocab import BYTE, CONTROL, MAX_TOKENS, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, ends
 from .stream import SPACE
 
 NAME = "tokenizer.model"
 UNIGRAM, BPE = 1, 2  # TrainerSpec.model_type
 KINDS = {UNIGRAM: "unigram", BPE: "BPE", 3: "word", 4: "character"}
 ALONE = "\ufff8"  # a code point without a character, which no grapheme crosses and no text holds
+MANY = 1 << 16
 NEVER = -1e6  # the score of a piece that text must not become; far below any sum of real scores
 
 
@@ -60,10 +60,28 @@ def load(file: str | Path, config: Mapping[str, Any]) -> tuple[Tokenizer, dict[s
     except OSError as error:
         raise FileError(f"{file}: cannot be read: {error.strerror}") from None
     engine, own = build(parse(data, where=str(file)), where=str(file))
-    ends = {f"{end}_token": content_of(config.get(f"{end}_token", own.get(f"{end}_token"))) for end in ("bos", "eos")}
-    habits = {f"add_{end}_token": bool(config.get(f"add_{end}_token")) and ends[f"{end}_token"] in engine.get_vocab() for end in ("bos", "eos")}
-    engine.post_processor = closing(engine, ends | habits)
-    return engine, own | dict(config) | habits
+    _add(engine, config.get("added_tokens_decoder") or {}, where=f"{file.parent / 'tokenizer_config.json'}")
+    said = own | {key: value for key, value in config.items() if key != "added_tokens_decoder"}
+    for end in ("bos", "eos"):
+        token = said.get(f"{end}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        known = isinstance(text, str) and engine.token_to_id(text) is not None
+        said |= {f"add_{end}_token": bool(said[f"add_{end}_token"]) and known} | ({f"{end}_token": text} if known else {})
+    engine.post_processor = ends(engine, said)
+    return engine, said
+
+
+def _add(engine: Tokenizer, tokens: Any, *, where: str) -> None:
+    """The tokens that tokenizer_config.json puts after the pieces, by id."""
+    try:
+        wanted = sorted((int(id), token["content"], bool(token.get("special"))) for id, token in tokens.items())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise FileError(f"{where}: added_tokens_decoder is not ids with their tokens") from None
+    for id, text, special in wanted:
+        if engine.token_to_id(text) is None:
+            engine.add_tokens([AddedToken(text, special=special, normalized=False)])
+        if engine.token_to_id(text) != id:
+            raise FileError(f"{where}: gives the token {text!r:.60} the id {id}, but in the vocabulary it is {engine.token_to_id(text)}")
 
 
 # The message
@@ -92,7 +110,7 @@ def _piece(data: bytes, where: str) -> tuple[str, float, int]:
         if number == 1:
             text = _text(value, where)
         elif number == 2:
-            score = struct.unpack("<f", _bytes(value, where, size=4))[0]
+            score = float(str(np.frombuffer(_bytes(value, where, size=4), "<f4")[0]))  # as few digits as name it: JSON keeps those
         elif number == 3:
             type = _number(value, where)
     if not text or not -1e30 < score < 1e30 or type not in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE):
@@ -196,7 +214,8 @@ def build(model: Model, *, where: str) -> tuple[Tokenizer, dict[str, Any]]:
         engine.normalizer = normalizers.Sequence(steps)
     if splits := _splits(model, symbols):
         engine.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    strip = [decoders.Strip(" ", 1, 0)] if model.prefix or model.squeeze else []
+    lead = MANY if model.squeeze else int(model.prefix)  # spaces that do not belong to the text
+    strip = [decoders.Strip(" ", lead, 0)] if lead else []
     engine.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     added = []
     for text, _, type in model.pieces:
@@ -249,7 +268,7 @@ def _unigram(model: Model) -> models.Unigram:
     """The engine looks for every piece in a text, so those that text must not become get a score that nothing else has."""
     scored = []
     for text, score, type in model.pieces:
-        symbol = 0.1 * (len(text.encode()) - 1)  # measured: what SentencePiece gives a user's symbol, where the file says 0
+        symbol = (len(text.encode()) - 1) / 10  # measured: what SentencePiece gives a user's symbol, where the file says 0
         scored.append((text, score if type == NORMAL else symbol if type == USER_DEFINED else NEVER))
     return models.Unigram(scored, unk_id=[type for _, _, type in model.pieces].index(UNKNOWN), byte_fallback=_falls_back(model))
 
@@ -277,9 +296,10 @@ def _splits(model: Model, symbols: Sequence[str]) -> list[pre_tokenizers.PreToke
         splits.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
     normal = {text for text, _, type in model.pieces if type == NORMAL}
     barred = [text for text, _, type in model.pieces if type not in (NORMAL, USER_DEFINED) and len(text) > 1]
-    # Text that spells a control piece could become one, were there no pieces for its characters: cut it.
+    # Text that spells a control piece could become one, were there no pieces for its characters: cut it beside such a character.
     if model.kind == UNIGRAM and (exposed := [text for text in barred if not normal.issuperset(text)]):
-        pattern = "|".join(f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in exposed)
+        places = [next((at for at in range(1, len(text)) if (text[at - 1] in normal) != (text[at] in normal)), 1) for text in exposed]
+        pattern = "|".join(f"(?<={re.escape(text[:at])})(?={re.escape(text[at:])})" for text, at in zip(exposed, places, strict=True))
         splits.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
     return splits
 

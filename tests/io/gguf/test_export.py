@@ -21,7 +21,6 @@ from tests.tiny import tiny
 from trivium.adapt.lora import LoRA
 from trivium.adapt.passes import apply_passes
 from trivium.core.errors import ConfigError, FileError
-from trivium.infer.sampling import Sampling
 from trivium.io.directory import assemble
 from trivium.io.gguf.export import _stored, interleaved, write_model
 from trivium.io.gguf.family import to_hf
@@ -162,35 +161,15 @@ def test_from_directory_to_gguf_to_directory(tmp_path: Path):
     assert (first / "chat_template.jinja").read_text() == (second / "chat_template.jinja").read_text()
 
 
-@pytest.mark.concept("X.35", part="io/gguf/family.py")
-@pytest.mark.slow
-def test_the_real_packed_model_talks_and_agrees_with_transformers():
-    """SmolLM2 as Q4_1: the logits of what transformers makes of the same file, and sense when it speaks."""
-    path = asset("smollm2")
-    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
-    made = load(path, dtype="fp32")
-    tokens = torch.tensor([made.tokenizer.encode("Gravity is the force that pulls 12 apples to the ground.")])
-    with torch.no_grad():
-        expected = theirs(tokens).logits
-        assert torch.allclose(made.model(tokens).logits, expected, atol=1e-3)
-    assert expected.std() > 1
-    assert "Paris" in made.chat("What is the capital of France?", sampling=Sampling(temperature=0, max_tokens=24)).text
-
-
 @pytest.mark.slow
 def test_the_real_model_out_and_in_again(tmp_path: Path):
-    """SmolLM2 as BF16: the same weights and ids, and transformers reads what we read."""
+    """SmolLM2 as BF16: the same weights, ids and template."""
     made = load(asset("smollm2"))
     out = export_gguf(made, tmp_path / "m.gguf", dtype="bf16")
     again = load(out)
     for (name, mine), theirs in zip(made.model.named_parameters(), again.model.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
     assert again.spec == made.spec and again.prompt.digest() == made.prompt.digest()
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
-    model = load(out, dtype="fp32").model
-    tokens = torch.tensor([made.tokenizer.encode("Gravity is the force that")])
-    with torch.no_grad():
-        assert torch.allclose(model(tokens).logits, theirs(tokens).logits, atol=1e-3)
 
 
 # What cannot be said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tests.assets import asset
 from tests.io.gguf.files import finish, llama, write_llama
 from trivium.core.errors import ConfigError, FileError, TriviumError
+from trivium.infer.sampling import Sampling
 from trivium.io.gguf.family import GGUFModel, to_hf
 from trivium.io.gguf.reader import open_gguf
+from trivium.recipes.load import load
 
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 CONFIGS = {
@@ -84,10 +87,29 @@ def test_what_the_converter_writes_comes_back(tmp_path: Path, case: str):
     assert torch.equal(llama_frequencies(again.config), llama_frequencies(model.config))
 
 
+@cache
+def smollm2() -> LlamaForCausalLM:
+    """What transformers makes of the real file."""
+    path = asset("smollm2")
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+@pytest.mark.concept("X.35", part="io/gguf/family.py")
+@pytest.mark.slow
+def test_the_real_model_talks_and_agrees_with_transformers():
+    """SmolLM2 as Q4_1: the logits that transformers computes from the same file, and sense when it speaks."""
+    made = load(asset("smollm2"), dtype="fp32")
+    tokens = torch.tensor([made.tokenizer.encode("Gravity is the force that pulls 12 apples to the ground.")])
+    with torch.no_grad():
+        expected = smollm2()(tokens).logits
+        assert torch.allclose(made.model(tokens).logits, expected, atol=1e-3)
+    assert expected.std() > 1
+    assert "Paris" in made.chat("What is the capital of France?", sampling=Sampling(temperature=0, max_tokens=24)).text
+
+
 @pytest.mark.slow
 def test_the_real_model_equals_what_transformers_reads():
-    path = asset("smollm2")
-    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    path, theirs = asset("smollm2"), smollm2()
     found = to_hf(open_gguf(path))
     assert set(theirs.state_dict()) == {*found.tensors, "lm_head.weight"}
     for name, lazy in found.tensors.items():

@@ -20,6 +20,7 @@ from tests.io.gguf.test_export import bundle, ours
 from tests.io.gguf.test_family import CONFIGS
 from tests.text.helpers import ODD, prompt
 from tests.text.helpers import ours as real
+from tests.text.test_gguf_export import SPLITS, trained
 from tests.text.test_gguf_vocab import NAMES
 from trivium.io.gguf.export import write_model
 from trivium.io.gguf.writer import write_gguf
@@ -93,6 +94,15 @@ def test_the_real_model(tmp_path: Path, dtype: str, bound: float, note: Callable
         f"llama.cpp on SmolLM2 as {dtype}: KL {figure:.1e} nats, logits differ by at most {most:.1e} (deviation {float(expected.std()):.1f})"
     )
     assert figure < bound
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_trained_vocabularies(tmp_path: Path, split: str):
+    tokenizer = trained(split)
+    write_gguf(tmp_path / "v.gguf", {"general.architecture": "llama", **metadata(tokenizer)[0]}, {})
+    vocabulary = llama_cpp.Llama(str(tmp_path / "v.gguf"), vocab_only=True, verbose=False)
+    for text in (TEXT, ODD, Path(__file__).read_text()):
+        assert vocabulary.tokenize(text.encode(), add_bos=tokenizer.add_bos, special=False) == tokenizer.encode(text)
 
 
 @pytest.mark.slow
