@@ -107,7 +107,7 @@ class Case:
         from trivium.adapt.lora import LoRA
         from trivium.models.checkpointing import Recompute
         from trivium.optim.optimizers import AdamW
-        from trivium.recipes.plan import Training
+        from trivium.recipes.needs import Training
         from trivium.train.loop import TrainConfig
         from trivium.train.objectives import NextToken
 
@@ -130,10 +130,10 @@ class Case:
         )
 
     def plan(self) -> dict[str, Any]:
-        from trivium.recipes.plan import plan
+        from trivium.recipes.needs import needs
 
         begun = time.perf_counter()
-        return {**plan(self.training).to_dict(), "planning": time.perf_counter() - begun}
+        return {**needs(self.training).to_dict(), "planning": time.perf_counter() - begun}
 
     def train(self) -> float:
         """Three steps; the processor seconds of them."""

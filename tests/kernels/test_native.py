@@ -258,17 +258,17 @@ def test_ghosts_go_the_same_way():
     """What `plan` measures: tensors that hold nothing take the native path, and keep what real ones keep."""
     x, weight = draw(6, 8, dtype=torch.bfloat16), draw(8, dtype=torch.bfloat16)
     labels = torch.arange(6)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        x, weight = mode.from_tensor(x).requires_grad_(), mode.from_tensor(weight).requires_grad_()
-        assert native.takes(x, weight)
-        y = functions.rms_norm(x, weight, eps=1e-5, offset=0.0, round_first=True)
-        kept = [held for held in y.grad_fn.saved_tensors if held is not x and held is not weight]
-        assert [(held.shape, held.dtype) for held in kept] == [((6,), torch.float32)]
-        y = functions.silu_times(y, y)
-        turned = functions.rotate(y.view(1, 2, 3, 8), x[:3, :4].detach()[None, None], x[:3, 4:].detach()[None, None])
-        out = functions.causal_attention(turned, turned, turned, scale=0.5).reshape(6, 8)
-        cross_entropy_sum(out, labels).backward()
-        assert isinstance(x.grad, FakeTensor) and x.grad.shape == (6, 8)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    x, weight = mode.from_tensor(x).requires_grad_(), mode.from_tensor(weight).requires_grad_()
+    assert native.takes(x, weight)
+    y = functions.rms_norm(x, weight, eps=1e-5, offset=0.0, round_first=True)
+    kept = [held for held in y.grad_fn.saved_tensors if held is not x and held is not weight]
+    assert [(held.shape, held.dtype) for held in kept] == [((6,), torch.float32)]
+    y = functions.silu_times(y, y)
+    turned = functions.rotate(y.view(1, 2, 3, 8), x[:3, :4].detach()[None, None], x[:3, 4:].detach()[None, None])
+    out = functions.causal_attention(turned, turned, turned, scale=0.5).reshape(6, 8)
+    cross_entropy_sum(out, labels).backward()
+    assert isinstance(x.grad, FakeTensor) and x.grad.shape == (6, 8)
 
 
 def test_a_second_derivative_is_an_error():

@@ -89,7 +89,7 @@ def test_a_damaged_file_is_refused_and_says_where(tmp_path):
         (text + "YWI= -1\n", r":257: .* ranks go from 0"),
         (text + "YQ== 300\n", r":257: .* stand once"),
         (text + "YWI= 255\n", r"two tokens have the same rank"),
-        (text[:500], r"not a token|single bytes are no token"),
+        ("".join(text.splitlines(keepends=True)[:200]), r"56 single bytes are no token \(0xc8, 0xc9"),
         ("", r"256 single bytes"),
     ):
         file.write_text(bad)

@@ -33,6 +33,7 @@ def test_crc32c_is_the_published_one():
     assert crc32c(b"123456789") == 0xE3069283 and crc32c(b"") == 0 and crc32c(bytes(32)) == 0x8A9136AA
 
 
+@pytest.mark.concept("X.60", part="train/trackers.py")
 def test_event_files_hold_every_number(tmp_path):
     sink = TensorBoard().open(tmp_path, step=0, config={})
     for row in ROWS:
@@ -47,6 +48,7 @@ def test_event_files_hold_every_number(tmp_path):
         assert b"word" not in record
 
 
+@pytest.mark.concept("X.60", part="train/trackers.py")
 def test_tensorboard_reads_them(tmp_path):
     """By TensorBoard itself; rows made again after a crash replace those of before."""
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -62,6 +64,7 @@ def test_tensorboard_reads_them(tmp_path):
     assert {event.step: event.value for event in events.Scalars("loss")} == {1: 11.0, 2: 12.0, 3: 99.0}
 
 
+@pytest.mark.concept("X.60", part="train/trackers.py")
 def test_wandb_offline_holds_the_same_numbers(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -97,6 +100,7 @@ def test_a_tracker_that_is_not_installed_says_so(tracker, tmp_path, monkeypatch)
         Trackers((tracker,), tmp_path, step=0, config={})
 
 
+@pytest.mark.concept("X.60", part="train/trackers.py")
 def test_a_tracker_that_breaks_costs_a_warning_and_not_the_run(tmp_path, monkeypatch, capsys):
     seen = []
 

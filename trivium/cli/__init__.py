@@ -46,6 +46,7 @@ COMMANDS = (
     Command("data inspect", "trivium.cli.data:inspect", "What rows become: numbers, and what is trained in them."),
     Command("data prepare", "trivium.cli.data:prepare", "Turn rows into a folder of tokens that training reads."),
     Command("pretrain", "trivium.cli.pretrain:pretrain", "Train a new model from text.", "trivium.recipes.pretrain:Pretrain"),
+    Command("plan", "trivium.cli.plan:plan", "What a run would need: memory, disk, time; and whether it fits.", "trivium.recipes.plan:Ask"),
     Command("sft", "trivium.cli.sft:sft", "Teach a model from examples (supervised fine-tuning).", "trivium.recipes.sft:SFT"),
     Command("eval run", "trivium.cli.eval:run", "Measure a model on a task.", "trivium.recipes.evaluate:Eval"),
     Command("eval diff", "trivium.cli.eval:diff", "Compare two results, row by row."),

@@ -10,11 +10,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import c_float, c_int, c_long, c_void_p
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,9 @@ def _share_threads(library: ctypes.CDLL) -> bool:
     """Lend the library torch's own OpenMP threads. False where torch's runtime does not speak GNU's interface (macOS)."""
     try:
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        functions = [ctypes.cast(getattr(torch_cpu, name), c_void_p) for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")]
+        functions = [
+            ctypes.cast(getattr(torch_cpu, name), c_void_p) for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        ]
     except (OSError, AttributeError):
         return False
     library.trivium_threads.argtypes = [c_void_p] * 3
@@ -78,6 +80,7 @@ def _share_threads(library: ctypes.CDLL) -> bool:
 
 _found = _load()
 _active = _found.library
+_taken: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
 
 
 def available() -> bool:
@@ -99,6 +102,28 @@ def switched_off() -> Iterator[None]:
         yield
     finally:
         _active = before
+
+
+class _Nothing:
+    """Stands in for the library: every function is there and does nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        return lambda *_: 0
+
+
+@contextmanager
+def pretended(ghost: type[Tensor]) -> Iterator[None]:
+    """Inside, tensors of the type `ghost`, which hold nothing, are taken as well, and the functions make their results
+    without computing them: so memory can be planned on the paths that will run."""
+    global _active, _found, _taken
+    before = _active, _found, _taken
+    if _active is not None:
+        nothing: Any = _Nothing()
+        _active, _found, _taken = nothing, _found._replace(library=nothing), (*_taken, ghost)
+    try:
+        yield
+    finally:
+        _active, _found, _taken = before
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -199,7 +224,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float, gra
     rows, vocab = logits.shape
     assert logits.is_contiguous() and labels.is_contiguous() and labels.dtype is torch.int64 and labels.shape == (rows,)
     assert grad is None or (grad.is_contiguous() and grad.shape == logits.shape and grad.dtype is logits.dtype)
-    if rows and not (0 <= int(labels.min()) and int(labels.max()) < vocab):
+    if rows and not (int(labels.min()) >= 0 and int(labels.max()) < vocab):
         raise IndexError(f"a label is outside the vocabulary of {vocab}")
     losses = logits.new_empty(rows, dtype=torch.float32)
     _run("cross_entropy", logits, labels, grad, losses, rows, vocab, label_smoothing)

@@ -7,9 +7,11 @@ tensors stay real, so documents and targets are those of the batch. What a kerne
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ..kernels import native
 
 aten = torch.ops.aten
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
@@ -31,6 +35,14 @@ def ghost(model: nn.Module, *, device: str = "cpu") -> None:
         for name, parameter in module.named_parameters(recurse=False):
             fake = FakeTensor(mode, parameter.detach(), torch.device(device))
             setattr(module, name, nn.Parameter(fake, requires_grad=parameter.requires_grad))
+
+
+@contextmanager
+def followed(ledger: Ledger) -> Iterator[None]:
+    """Inside, `ledger` follows what is computed, and native kernels take ghosts too."""
+    with ledger, native.pretended(FakeTensor), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        yield
 
 
 class Ledger(TorchDispatchMode):

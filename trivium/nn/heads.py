@@ -45,3 +45,10 @@ class LanguageHead(nn.Module):
     def forward(self, hidden: Tensor, step: Step, embed: TokenEmbedding) -> Tensor:
         """hidden [..., C] -> logits [..., V] in hidden's dtype."""
         return embed.unembed(hidden, step) if self.spec.tied else self.out(hidden, step)
+
+    def table(self, embed: nn.Module) -> Tensor | None:
+        """The matrix [V, C] whose product with hidden is all that this head does; None if a pass made it do more."""
+        source = embed if self.spec.tied else self.out
+        if type(source) is TokenEmbedding or (type(source) is Linear and source.bias is None):
+            return source.weight
+        return None

@@ -35,7 +35,7 @@ from ..data.batches import Batches, collate
 from ..io import files
 from ..models import count
 from ..models.checkpointing import Recompute
-from ..models.ledger import Ledger, ghost
+from ..models.ledger import Ledger, followed, ghost
 from ..models.transformer import Transformer, TransformerModel, build
 from ..optim.masters import Masters
 from ..optim.optimizers import Optimizer
@@ -196,7 +196,7 @@ def dry_run(model: nn.Module, training: Training) -> tuple[Ledger, dict[str, dic
     rows = len(training.batch.tokens)
     micros = training.batch.split(math.ceil(rows / (training.train.micro or rows)))
     model.train()
-    with ledger:
+    with followed(ledger):
         phase = "update"
         for master in masters.tensors.values():
             master.grad = torch.empty_like(master)

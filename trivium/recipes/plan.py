@@ -1,323 +1,39 @@
-"""What a run will need before it is begun: memory, disk, steps and time, and a refusal with proposals where it cannot fit.
-
-One training step of the very code that will run is taken on tensors that hold nothing (`models/ledger.py`), so figures
-follow the model, its passes and the batch; the process itself is measured, and so are this machine's rates. `SLACK` is the
-one empirical figure: see benchmarks/plan.py. Peak memory of loading and of validation is left out.
-"""
+"""What a run would need, without data if there is none yet: the recipe of `trivium plan`."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import platform
-import re
-import shutil
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 import torch
-from torch import Tensor, nn
+from pydantic import Field
 
-from ..adapt.lora import LoRA
-from ..adapt.passes import Pass, apply_passes
 from ..core.device import dtype
-from ..core.errors import TriviumError
-from ..core.home import home
 from ..core.log import log
-from ..data.bank import Prepared
-from ..data.batch import Batch
-from ..data.batches import collate
-from ..io import files
 from ..models import count
-from ..models.checkpointing import Recompute
-from ..models.ledger import Ledger, ghost
-from ..models.transformer import Transformer, build
-from ..optim.masters import Masters
-from ..optim.optimizers import Optimizer
-from ..train.loop import TrainConfig
-from ..train.objectives import Objective
-from .doctor import examine
-
-SLACK = 1.5  # resident bytes for each byte that a step allocates and frees again: holes that the C library's allocator keeps
-STEADY = ("weights", "masters", "optimizer")  # held from the first step to the last, and so without slack
-MARGIN = 0.05  # of the memory that is free, left to others
+from ..models.transformer import TransformerModel
+from .load import Bundle, load
+from .needs import Plan, foresee, whole
+from .sft import SFT, prepared
 
 
-@dataclass(frozen=True)
-class Training:
-    """One training run as far as its needs go. `batch`: the heaviest; `tokens`: of the whole run."""
+class Ask(SFT):
+    """A run of supervised fine-tuning, with or without its data."""
 
-    spec: Transformer
-    passes: tuple[Pass, ...]
-    batch: Batch
-    steps: int
-    tokens: int
-    objective: Objective
-    optim: Optimizer
-    train: TrainConfig
-    out: Path
-
-    def cheaper(self) -> Iterator[tuple[str, Training]]:
-        """What could be changed so that less memory is needed, as options, each on top of those before."""
-        options, now = [], self
-        rows = len(self.batch.tokens)
-        for option, changes in (
-            ("--train.micro 1", {"micro": 1} if rows > 1 and (self.train.micro or rows) > 1 else None),
-            ("--train.recompute.every 1", {"recompute": Recompute()} if self.train.recompute is None else None),
-            ("--train.precision bf16", {"precision": "bf16"} if self.train.precision == "fp32" else None),
-        ):
-            if changes is not None:
-                options.append(option)
-                now = replace(now, train=now.train.replace(**changes))
-                yield " ".join(options), now
-        if not any(isinstance(step, LoRA) for step in self.passes):
-            yield " ".join([*options, "--adapter.rank 16"]), replace(now, passes=(*self.passes, LoRA(rank=16)))
+    data: tuple[str, ...] = Field((), description="training rows; none given: full rows of one document, all of it trained")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """`memory`: bytes by kind at the worst moment; `checkpoint`: bytes of each on disk; `flops` and `seconds` of the whole run,
-    the latter at the rates that this machine reached (no run is faster)."""
-
-    training: Training
-    parameters: int
-    trained: int
-    memory: dict[str, int]
-    checkpoint: int
-    flops: int
-    seconds: float
-
-    @property
-    def peak(self) -> int:
-        return sum(self.memory.values())
-
-    @property
-    def disk(self) -> int:
-        """Bytes that checkpoints take at the worst moment: those that stay and the one being written."""
-        train, steps = self.training.train, self.training.steps
-        saves = 1 if train.save_every is None else math.ceil(steps / train.save_every)
-        return self.checkpoint * (saves if train.keep_last is None else min(saves, train.keep_last + 1))
-
-    def rows(self) -> list[tuple[str, str]]:
-        """For a table."""
-        kinds = ", ".join(f"{name} {size(value)}" for name, value in sorted(self.memory.items(), key=lambda item: -item[1]))
-        return [
-            ("parameters", f"{self.parameters:,}, {self.trained:,} trained"),
-            ("steps", f"{self.training.steps:,}"),
-            ("tokens", f"{self.training.tokens:,}"),
-            ("memory at the worst moment", f"{size(self.peak)} of {size(available_memory())} free ({kinds})"),
-            ("disk", f"{size(self.disk)} for checkpoints of {size(self.checkpoint)}, {size(free_disk(self.training.out))} free"),
-            ("time", f"{duration(self.seconds)} or more, {self.flops / 1e12:,.1f} TFLOP"),
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        facts = {"parameters": self.parameters, "trained": self.trained, "steps": self.training.steps, "tokens": self.training.tokens}
-        needs = {"memory": self.memory, "peak": self.peak, "checkpoint": self.checkpoint, "disk": self.disk}
-        limits = {"memory_free": available_memory(), "disk_free": free_disk(self.training.out)}
-        return {**facts, **needs, **limits, "flops": self.flops, "seconds": self.seconds}
-
-    def require_fits(self) -> Plan:
-        """Itself, or a `TriviumError` that says what is short by how much, and what would fit."""
-        room = available_memory() * (1 - MARGIN)
-        if self.peak > room:
-            tried = [(option, plan(changed).peak) for option, changed in self.training.cheaper()]
-            fitting = [f"{option} (needs {size(peak)})" for option, peak in tried if peak <= room]
-            advice = f"What would fit: {'; '.join(fitting)}" if fitting else "Take a smaller model, or shorter rows (--length)"
-            raise TriviumError(f"this run needs {size(self.peak)} of memory at its worst moment, and {size(room)} are free. {advice}")
-        free = free_disk(self.training.out)
-        if self.disk > free:
-            raise TriviumError(
-                f"checkpoints of this run need {size(self.disk)} in {self.training.out}, and {size(free)} are free. "
-                "Write elsewhere (--out), or keep fewer (--train.keep_last 1)"
-            )
-        return self
+def plan(config: SFT, *, bundle: Bundle | None = None) -> Plan:
+    """Memory, disk, steps and time of `sft(config)`. Without data, of full rows, which is the most that data can ask for;
+    then without `train.steps`, of one step."""
+    bundle = bundle or load(config.model, dtype=config.train.precision)
+    if config.data:
+        data, _ = prepared(config, bundle)
+        return foresee(config, bundle.model, data, adapter=config.adapter)
+    if config.train.steps is None:
+        log.say("no data and no train.steps: disk and time are those of one step")
+    return foresee(config, bundle.model, whole(rows=config.train.rows, length=config.length), adapter=config.adapter)
 
 
-def plan(training: Training, *, held: int = 0) -> Plan:
-    """What `training` will need, on a CPU. `held`: bytes of the model that this process holds already."""
-    train, batch = training.train, training.batch
-    model = apply_passes(build(training.spec, dtype=dtype(train.precision)), training.passes)
-    model.recompute = train.recompute
-    found = count.parameters(model)
-    kept = int(batch.targets.sum())
-    flops = count.flops(model, batch.segments, kept=kept).total
-    ghost(model)
-    ledger, state = dry_run(model, training)
-    transient = sum(value for kind, value in ledger.peak.items() if kind not in STEADY)
-    memory = {**ledger.peak, "allocator": int(transient * (SLACK - 1)), "process": max(0, resident() - held)}
-    times = training.tokens / int((batch.segments >= 0).sum())
-    rates = machine_rates()
-    seconds = flops / rates[train.precision] + ledger.moved / rates["bytes"]
-    return Plan(
-        training=training,
-        parameters=found.total,
-        trained=found.trained,
-        memory={kind: value for kind, value in memory.items() if value},
-        checkpoint=count.bytes_of(tensor for group in state.values() for tensor in group.values()),
-        flops=round(flops * times),
-        seconds=seconds * times,
-    )
-
-
-class _Cast(nn.Module):
-    """A model that has its dtype already: torch cannot cast ghosts."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def to(self, *_: Any, **__: Any) -> _Cast:
-        return self
-
-
-def dry_run(model: nn.Module, training: Training) -> tuple[Ledger, dict[str, dict[str, Tensor]]]:
-    """One step of the loop on a ghost, as it is once the optimizer holds its state. Returns what was held, and what a
-    checkpoint saves."""
-    phase = ""
-    logits = int(training.batch.targets.sum()) * training.spec.vocab
-    shapes = {parameter.shape for parameter in model.parameters()}
-
-    def kind(tensor: Tensor) -> str:
-        if phase == "update":
-            return "optimizer"
-        if tensor.numel() == logits:
-            return "logits"
-        return "gradients" if phase == "backward" and tensor.shape in shapes else "activations"
-
-    ledger = Ledger(kind)
-    ledger.note(model.parameters(), "weights")
-    masters = Masters(_Cast(model), training.optim, dtype=dtype(training.train.precision))
-    ledger.note(masters.tensors.values(), "masters")
-    rows = len(training.batch.tokens)
-    micros = training.batch.split(math.ceil(rows / (training.train.micro or rows)))
-    model.train()
-    with ledger:
-        phase = "update"
-        for master in masters.tensors.values():
-            master.grad = torch.empty_like(master)
-        masters.step(1.0)
-        ledger.mark()
-        ledger.moved = 0
-        for micro in micros[:2]:  # the second one finds the first one's gradients
-            phase = "forward"
-            term = torch.stack(list(training.objective.terms(model, micro).values())).sum()
-            phase = "backward"
-            term.backward()
-            masters.accumulate()
-            del term
-        ledger.moved = round(ledger.moved * len(micros) / len(micros[:2]))
-        masters.clip(training.train.clip)
-        phase = "update"
-        masters.step(1.0)
-    return ledger, masters.state()
-
-
-def heaviest(prepared: Prepared, *, rows: int) -> Batch:
-    """`rows` bins that together weigh at least about as much as any batch: long documents and many targets."""
-    lengths, supervised = (prepared.index[name].astype(np.float64) for name in ("length", "supervised"))
-    sums = [np.add.reduceat(values[prepared.bins.rows], prepared.bins.starts[:-1]) for values in (lengths, lengths**2, supervised)]
-    weight = sum(values / max(values.max(), 1.0) for values in sums)
-    chosen = np.argsort(-np.asarray(weight), kind="stable")[:rows].tolist()
-    return collate([(prepared, int(chosen[i % len(chosen)])) for i in range(rows)])
-
-
-def whole(*, rows: int, length: int) -> Batch:
-    """Full rows of one document each in which everything is a target: the most that any data can ask for."""
-    segments = torch.zeros(rows, length, dtype=torch.int64)
-    targets = torch.ones_like(segments, dtype=torch.bool)
-    targets[:, 0] = False
-    return Batch(torch.zeros_like(segments), segments, targets)
-
-
-def announce(planned: Plan) -> Plan:
-    """Shown on the log, then refused if it cannot fit."""
-    log.table("plan", ("what", "how much"), planned.rows())
-    return planned.require_fits()
-
-
-# The machine
-
-
-def resident() -> int:
-    """Bytes that this process holds in memory now; 0 where the system does not say."""
-    found = re.search(r"VmRSS:\s+(\d+) kB", _read("/proc/self/status"))
-    return int(found[1]) * 1024 if found else 0
-
-
-def available_memory() -> int:
-    """Bytes that this process may hold in all, what it holds already included; without an answer from the system, no limit."""
-    limits = []
-    if found := re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo")):
-        limits.append(int(found[1]) * 1024 + resident())
-    for limit, usage in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        top, used = (_read(f"/sys/fs/cgroup/{name}").strip() for name in (limit, usage))
-        if top.isdigit() and used.isdigit():
-            limits.append(int(top) - int(used) + resident())
-    return min(limits, default=1 << 62)
-
-
-def free_disk(path: Path) -> int:
-    """Bytes free where `path` is or will be."""
-    path = path.resolve()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def machine_rates() -> dict[str, float]:
-    """What this machine reached: matrix products in FLOP/s by precision, and `bytes` copied per second. Measured once and
-    kept in the cache folder for this processor, torch and number of threads."""
-    cpu = re.search(r"model name\s*: (.+)", _read("/proc/cpuinfo"))
-    identity = {
-        "cpu": cpu[1] if cpu else platform.machine(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-    }
-    path = home() / "machine.json"
-    known = json.loads(path.read_text()) if path.exists() else []
-    for entry in known:
-        if entry["identity"] == identity:
-            return entry["rates"]
-    measured = examine(size=1024)["matmul"]
-    rates = {name: measured[f"{name} TFLOP/s"] * 1e12 for name in ("fp32", "bf16")}
-    rates["bytes"] = _copied()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.atomic_file(path) as sink:
-        sink.write(json.dumps([*known, {"identity": identity, "rates": rates}], indent=1).encode())
-    return rates
-
-
-def _copied(size: int = 1 << 26) -> float:
-    """Bytes read and written per second when large tensors are copied: the best of three."""
-    a, b = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
-    best = math.inf
-    for _ in range(3):
-        start = time.perf_counter()
-        b.copy_(a)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size / best
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:  # not Linux
-        return ""
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def serving(model: TransformerModel, *, rows: int, context: int, precision: str | torch.dtype) -> dict[str, int]:
+    """Bytes that answering takes beside the process itself: weights and the cache of `rows` rows of `context` tokens."""
+    width = dtype(precision).itemsize
+    entries = sum(count.cache_bytes(model)) // model.dtype.itemsize
+    return {"weights": count.parameters(model).total * width, "cache": entries * width * rows * context}

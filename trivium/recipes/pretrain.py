@@ -34,6 +34,7 @@ from ..train.objectives import NextToken, Objective
 from ..train.run import Run
 from .data import bank
 from .load import Bundle
+from .needs import announce, foresee
 from .sft import CONFIG, keep_config, loss_on
 
 
@@ -84,6 +85,7 @@ def pretrain(config: Pretrain) -> Run:
     train = bank(config.data, bundle.prompt, length=config.length)
     log.table("training data", ("what", "value"), inspect(train).table())
     validation = bank(config.validation, bundle.prompt, length=config.length) if config.validation else None
+    announce(foresee(config, bundle.model, train))
     if not (out / CONFIG).exists():  # so that a run that is stopped can be gone on with by its config alone
         keep_config(config, out)
     done = fit(

@@ -30,6 +30,7 @@ from ..train.objectives import NextToken, Objective
 from ..train.run import Run
 from .data import bank as token_bank
 from .load import Bundle, load
+from .needs import announce, foresee
 
 CONFIG = "config.yaml"
 
@@ -87,6 +88,7 @@ def sft(config: SFT, *, bundle: Bundle | None = None) -> Run:
     out = Path(config.out)
     bundle = bundle or load(config.model, dtype=config.train.precision)
     train, validation = prepared(config, bundle)
+    announce(foresee(config, bundle.model, train, adapter=config.adapter))
     if config.adapter is not None:
         config.adapter.apply(bundle.model)
         initialize_adapter(bundle.model, config.adapter.name, seed=config.train.seed)
@@ -113,10 +115,12 @@ def sft(config: SFT, *, bundle: Bundle | None = None) -> Run:
 
 
 def plan(config: SFT, *, bundle: Bundle | None = None) -> dict[str, Any]:
-    """What `sft` would do, without doing it: `data`, the inspection of the training rows, and `size`, in steps, tokens
-    and parameters. Raises what `sft` raises before its first step."""
+    """What `sft` would do, without doing it: `data`, the inspection of the training rows, `size`, in steps, tokens
+    and parameters, and `needs`, in memory, disk and time. Raises what `sft` raises before its first step."""
     bundle = bundle or load(config.model, dtype=config.train.precision)
     train, _ = prepared(config, bundle)
+    needed = foresee(config, bundle.model, train, adapter=config.adapter)
+    log.table("plan", ("what", "how much"), needed.rows())
     if config.adapter is not None:
         config.adapter.apply(bundle.model)
     found = inspect(train)
@@ -130,7 +134,7 @@ def plan(config: SFT, *, bundle: Bundle | None = None) -> dict[str, Any]:
         "trained parameters": sum(parameter.numel() for parameter in bundle.model.parameters() if parameter.requires_grad),
         "parameters": sum(parameter.numel() for parameter in bundle.model.parameters()),
     }
-    return {"data": found.to_dict(), "size": size}
+    return {"data": found.to_dict(), "size": size, "needs": needed.to_dict()}
 
 
 def prepared(config: SFT, bundle: Bundle) -> tuple[Prepared, Prepared | None]:

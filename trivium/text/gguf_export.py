@@ -44,7 +44,9 @@ def metadata(tokenizer: Tokenizer, *, size: int | None = None) -> tuple[dict[str
     for name, id in {"bos": tokenizer.bos, "eos": tokenizer.eos, "unknown": tokenizer.unk, "padding": tokenizer.pad}.items():
         if id is not None:
             found[f"{name}_token_id"] = id
-    found |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": tokenizer.add_eos}
+    found |= {"add_bos_token": tokenizer.add_bos, "add_eos_token": False}
+    if tokenizer.add_eos:  # a habit for documents that are trained on
+        notes.append("this tokenizer ends a document with its EOS; llama.cpp would put it after a prompt too, so the file does not say so")
     return {f"tokenizer.ggml.{name}": value for name, value in found.items()}, notes
 
 

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ..core.registry import Registry
 from ..core.spec import Part
+from ..models.transformer import TransformerModel
+from ..nn.heads import LanguageHead
 from ..nn.inputs import Inputs
-from .cross_entropy import cross_entropy_sum
+from .cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
 
 if TYPE_CHECKING:
     from ..data.batch import Batch
@@ -49,5 +51,10 @@ class NextToken(Objective):
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         keep = torch.zeros_like(batch.targets)
         keep[:, :-1] = batch.targets[:, 1:]  # a position's logits speak of the token after it
-        logits = model(Inputs(batch.tokens, segments=batch.segments), keep=keep).logits  # [N, V]
-        return {"loss": cross_entropy_sum(logits, batch.tokens[batch.targets], label_smoothing=self.label_smoothing)}
+        inputs, labels = Inputs(batch.tokens, segments=batch.segments), batch.tokens[batch.targets]
+        table = model.head.table(model.embed) if isinstance(model, TransformerModel) and isinstance(model.head, LanguageHead) else None
+        if table is not None:
+            hidden = model(inputs, keep="none").hidden[keep]  # [N, C]
+            return {"loss": linear_cross_entropy_sum(hidden, table, labels, label_smoothing=self.label_smoothing)}
+        logits = model(inputs, keep=keep).logits  # [N, V]
+        return {"loss": cross_entropy_sum(logits, labels, label_smoothing=self.label_smoothing)}
