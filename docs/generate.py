@@ -218,7 +218,7 @@ def class_text(cls: type, name: str) -> str:
             )
         )
     for key, value in vars(cls).items():
-        if key.startswith("_") or key.startswith("model_"):
+        if key.startswith(("_", "model_")):
             continue
         if isinstance(value, property):
             kind = inspect.signature(value.fget).return_annotation if value.fget else ""

@@ -78,7 +78,7 @@ def test_rms_norm_is_the_formula(dtype, shape, offset, round_first):
     near(got[2], true[2], units=8, terms=math.sqrt(x.numel() / shape[-1]))
 
 
-# ------------------------------------------------------------------------------------------------ silu(gate) * up
+# ------------------------------------------------------------------------------------------------ silu times up
 
 
 @DTYPES

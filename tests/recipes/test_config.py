@@ -32,8 +32,8 @@ def test_the_same_yaml_and_seed_give_the_same_run(trivium, toy, tmp_path):
     assert weights[0] == weights[1] != weights[2] and losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
     trivium.ok("sft", "--config", tmp_path / "a" / "config.yaml", "--out", "again")
     assert (tmp_path / "again" / "adapter" / "adapter_model.safetensors").read_bytes() == weights[0]
-    changed = trivium.refused("sft", "--config", "a.yaml", "--out", "a", "--optim.lr", "0.5")
-    assert "optim.lr: was 0.01, is now 0.5" in changed
+    changed = trivium("sft", "--config", "a.yaml", "--out", "a", "--optim.lr", "0.5")
+    assert changed.status == 1 and "optim.lr: was 0.01, is now 0.5" in changed.err
 
 
 @pytest.mark.concept("X.61", part="core/config.py")

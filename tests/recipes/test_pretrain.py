@@ -7,6 +7,7 @@ import torch
 
 import trivium.train.loop as loop
 from tests.tiny import tokens
+from trivium.core import config as configs
 from trivium.core.spec import validate
 from trivium.io import files
 from trivium.models.presets import llama
@@ -103,7 +104,7 @@ def test_what_cannot_be_is_refused_before_the_first_step(room, tmp_path):
     assert plan(config(room, tmp_path / "run"))["steps"] == 6 and not (tmp_path / "run").exists()
 
 
-def test_from_scratch_at_toy_size(tmp_path):
+def test_from_scratch_at_toy_size(tmp_path, trivium):
     """Tokenizer, model, baselines and a completion from Python files; a second run goes on from what is there."""
     source = tmp_path / "source"
     source.mkdir()
@@ -121,5 +122,17 @@ def test_from_scratch_at_toy_size(tmp_path):
     assert set(facts["bits per byte"]) == {"this model", "5-gram Kneser-Ney, same tokens", "lzma after reading the training text"}
     assert all(0 < value < 9 for value in facts["bits per byte"].values()) and facts["held-out bytes"] > 2000
     assert facts["bits per byte"]["5-gram Kneser-Ney, same tokens"] < 1, "the text repeats itself"
+    assert trivium.ok("demo", "--from-scratch", "--dry-run", "--vocab", "300", "--json").json["vocab"] == 300
     again = from_scratch(job)
     assert again["bits per byte"] == facts["bits per byte"] and again["completion"] == facts["completion"]
+
+
+def test_the_command_trains_and_says_where(room, tmp_path, trivium):
+    job = config(room, tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(configs.dump(job))
+    planned = trivium.ok("pretrain", "--config", "run.yaml", "--dry-run", "--json").json
+    assert planned["size"]["steps"] == 6 and not (tmp_path / "run").exists()
+    done = trivium.ok("pretrain", "--config", "run.yaml", "--train.steps", "2", "--json").json
+    assert done["metrics"]["step"] == 2 and (tmp_path / "run" / "model" / "config.json").is_file()
+    assert trivium.ok("generate", done["path"], "def add", "--max_tokens", "3").out.strip()
+    assert "did you mean '--tokenizer'" in trivium.refused("pretrain", "--tokeniser", "x", status=2)

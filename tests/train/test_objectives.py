@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,11 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from trivium.adapt.lora import LoRA
 from trivium.core.spec import validate
 from trivium.data.batch import Batch
+from trivium.kernels import native
+from trivium.models.presets import presets
+from trivium.models.transformer import build, initialize
+from trivium.nn.heads import LanguageHead
 from trivium.nn.inputs import Inputs
 from trivium.train import cross_entropy
-from trivium.train.cross_entropy import cross_entropy_sum
+from trivium.train.cross_entropy import cross_entropy_sum, linear_cross_entropy_sum
 from trivium.train.objectives import NextToken, Objective
 
 from .toys import VOCAB, Rows, model
@@ -28,18 +35,68 @@ def draw(rows: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Ten
 
 @pytest.mark.concept("X.18", part="train/cross_entropy.py")
 @pytest.mark.concept("T05.01", part="train/objectives.py")
-@given(st.integers(1, 40), st.integers(2, 50), st.sampled_from([0.0, 0.1, 0.7]), st.sampled_from([1, 64, 1 << 20]))
+@given(st.integers(1, 40), st.integers(2, 50), st.sampled_from([0.0, 0.1, 0.7]), st.sampled_from([1, 64, 1 << 20]), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_cross_entropy_is_torchs(rows, vocab, smoothing, chunk):
+def test_cross_entropy_is_torchs(rows, vocab, smoothing, chunk, compiled):
     logits, labels = draw(rows, vocab)
     theirs = F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
     (expected,) = torch.autograd.grad(theirs * 0.7, logits)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cross_entropy, "CHUNK", chunk)
-        ours = cross_entropy_sum(logits, labels, label_smoothing=smoothing)
+        with nullcontext() if compiled else native.switched_off():
+            ours = cross_entropy_sum(logits, labels, label_smoothing=smoothing)
     (found,) = torch.autograd.grad(ours * 0.7, logits)
     assert abs(ours - theirs) <= 1e-6 * abs(theirs)
     assert (found - expected).abs().max() <= 1e-6
+
+
+@pytest.mark.concept("X.18", part="train/cross_entropy.py")
+@pytest.mark.parametrize("at_once", [1, 100, 1 << 24])
+@pytest.mark.parametrize("trained", ["hidden", "table", "both"])
+@pytest.mark.parametrize("compiled", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_linear_cross_entropy_is_the_product_and_the_loss(at_once, trained, compiled, dtype, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "LOGITS", at_once)
+    monkeypatch.setattr(cross_entropy, "LOGITS_TRAINED", at_once)
+    generator = torch.Generator().manual_seed(0)
+    hidden, table = (torch.randn(n, 12, generator=generator, dtype=torch.float64).to(dtype) for n in (17, 23))
+    labels = torch.randint(23, (17,), generator=generator)
+    leaves = [x.requires_grad_() for x, name in ((hidden, "hidden"), (table, "table")) if trained in (name, "both")]
+    exact = F.cross_entropy(hidden.double() @ table.double().t(), labels, reduction="sum", label_smoothing=0.1)
+    with nullcontext() if compiled else native.switched_off():
+        ours = linear_cross_entropy_sum(hidden, table, labels, label_smoothing=0.1)
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 1e-2}[dtype]
+    assert abs(ours - exact) <= tolerance * exact
+    for found, expected in zip(torch.autograd.grad(ours * 0.7, leaves), torch.autograd.grad(exact * 0.7, leaves), strict=True):
+        assert found.dtype == dtype and (found - expected).abs().max() <= tolerance * 2 * expected.abs().max()
+
+
+def test_linear_cross_entropy_of_nothing():
+    hidden, table = torch.zeros(0, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
+    loss = linear_cross_entropy_sum(hidden, table, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss == 0 and hidden.grad.shape == (0, 4) and not table.grad.any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_objective_skips_the_logits_only_where_the_head_is_a_product(tied, monkeypatch):
+    """The same loss and gradients with the head's table as through the head; an adapted head goes through it."""
+    spec = presets.get("tiny-llama")()
+    spec = spec.replace(head=spec.head.replace(tied=tied))
+    trained, batch = build(spec, device="cpu"), Rows().batch(0)
+    initialize(trained, seed=0)
+    found = []
+    for table in (LanguageHead.table, lambda head, embed: None):
+        monkeypatch.setattr(LanguageHead, "table", table)
+        loss = NextToken().terms(trained, batch)["loss"]
+        found.append([loss, *torch.autograd.grad(loss, list(trained.parameters()))])
+    monkeypatch.undo()
+    for ours, naive in zip(*found, strict=True):
+        torch.testing.assert_close(ours, naive, rtol=1e-5, atol=1e-5 * float(naive.abs().max()))
+    assert trained.head.table(trained.embed) is (trained.embed.weight if tied else trained.head.out.weight)
+    if not tied:
+        LoRA(rank=2, targets=("head.out",)).apply(trained)
+        assert trained.head.table(trained.embed) is None
 
 
 @pytest.mark.concept("X.18", part="train/cross_entropy.py")

@@ -45,6 +45,9 @@ COMMANDS = (
     Command("chat", "trivium.cli.chat:chat", "Talk to a model, or ask it one thing.", "trivium.infer.sampling:Sampling"),
     Command("data inspect", "trivium.cli.data:inspect", "What rows become: numbers, and what is trained in them."),
     Command("data prepare", "trivium.cli.data:prepare", "Turn rows into a folder of tokens that training reads."),
+    Command("tokenizer train", "trivium.cli.tokenizer:train", "Train a tokenizer on text of any size."),
+    Command("tokenizer encode", "trivium.cli.tokenizer:encode", "The tokens of a text."),
+    Command("tokenizer inspect", "trivium.cli.tokenizer:inspect", "What a tokenizer is, and what it makes of text."),
     Command("pretrain", "trivium.cli.pretrain:pretrain", "Train a new model from text.", "trivium.recipes.pretrain:Pretrain"),
     Command("plan", "trivium.cli.plan:plan", "What a run would need: memory, disk, time; and whether it fits.", "trivium.recipes.plan:Ask"),
     Command("sft", "trivium.cli.sft:sft", "Teach a model from examples (supervised fine-tuning).", "trivium.recipes.sft:SFT"),
@@ -60,6 +63,7 @@ COMMANDS = (
 )
 GROUPS = {  # of commands of two words
     "data": "Look at training data, and prepare it.",
+    "tokenizer": "Train tokenizers, and look inside.",
     "eval": "Measure models, and compare results.",
     "adapter": "Merge adapters, take them out again, and look inside.",
 }

@@ -28,12 +28,13 @@ def _once(backward: Backward) -> Backward:
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float, round_first: bool) -> Tensor:
     """x / rms(x) * (weight + offset) over the last dimension, x [..., C], weight [C]."""
-    return _RMSNorm.apply(x.contiguous(), weight, eps, offset, round_first)
+    return _RMSNorm.apply(x.contiguous(), weight, (eps, offset, round_first))
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, round_first: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, form: tuple[float, float, bool]) -> Tensor:
+        eps, offset, round_first = form
         y, scales = native.rms_norm(x, weight, eps=eps, offset=offset, round_first=round_first)
         ctx.save_for_backward(x, weight, scales)
         ctx.offset, ctx.round_first = offset, round_first
@@ -41,12 +42,12 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @_once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scales = ctx.saved_tensors
         grad_x, grad_weight = native.rms_norm_backward(
             x, weight, scales, grad.contiguous(), offset=ctx.offset, round_first=ctx.round_first, weight_too=ctx.needs_input_grad[1]
         )
-        return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, None
 
 
 def silu_times(gate: Tensor, up: Tensor) -> Tensor:

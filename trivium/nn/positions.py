@@ -107,9 +107,9 @@ class Rope(Position):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i+D/2}) of `x` [..., T, D] by its angle; `cos`, `sin` broadcast to [..., T, D/2]."""
-    if x.ndim == 4 and cos.shape in ((1, 1, x.shape[2], x.shape[3] // 2), (x.shape[0], 1, x.shape[2], x.shape[3] // 2)):
-        if native.takes(x, cos, sin):
-            return functions.rotate(x, cos, sin)
+    plain = x.ndim == 4 and cos.shape in [(rows, 1, x.shape[2], x.shape[3] // 2) for rows in (1, x.shape[0])]
+    if plain and native.takes(x, cos, sin):
+        return functions.rotate(x, cos, sin)
     return _Rotate.apply(x, cos, sin)
 
 

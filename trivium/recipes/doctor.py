@@ -19,6 +19,7 @@ import torch
 
 from ..core.home import home
 from ..core.seed import generator
+from ..kernels import native
 
 PACKAGES = (
     "trivium",
@@ -82,6 +83,7 @@ def _torch() -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "native kernels": native.state(),
         "onednn": torch.backends.mkldnn.is_available(),
         "openmp": torch.backends.openmp.is_available(),
         "cuda build": torch.version.cuda,
@@ -118,6 +120,8 @@ def _rate(dtype: torch.dtype, size: int) -> float:
 def _advice(report: dict[str, Any]) -> list[str]:
     found = []
     machine, build = report["machine"], report["torch"]
+    if not native.available():
+        found.append(f"the native kernels are {build['native kernels']}: element-wise steps run on torch, slower")
     if build["threads"] > machine["cores"]:
         found.append(f"torch uses {build['threads']} threads on {machine['cores']} cores; set OMP_NUM_THREADS={machine['cores']}")
     if "matmul" in report and report["matmul"]["bf16 TFLOP/s"] < report["matmul"]["fp32 TFLOP/s"]:
