@@ -19,7 +19,12 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-Wno-psabi")
-X86 = {"plain": (), "v3": ("-march=x86-64-v3",), "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512")}
+X86 = {
+    "plain": (),
+    "v3": ("-march=x86-64-v3",),
+    "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "v4bf16": ("-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"),
+}
 
 
 class NativeHook(BuildHookInterface):

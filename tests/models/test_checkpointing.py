@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.tiny import host, parts, segments_of, tiny, tokens
+from tests.train import toys
 from trivium.adapt.lora import LoRA
 from trivium.core.errors import ConfigError
 from trivium.core.spec import validate
@@ -144,3 +145,18 @@ def test_nothing_is_computed_again_where_there_is_no_backward():
 def test_halves_have_no_stretches():
     with pytest.raises(ConfigError, match="every"):
         validate(Recompute, {"every": 2, "only": "mixer"})
+
+
+@pytest.mark.concept("T10.02", part=PART)
+def test_a_run_with_it_is_the_run_without(tmp_path):
+    """LoRA with dropout and accumulation: the same weights; and a run may be gone on with without it."""
+    plain, _ = toys.train(tmp_path / "plain")
+    again, _ = toys.train(tmp_path / "again", config=toys.CONFIG.replace(recompute=Recompute(every=2)))
+    assert toys.same(toys.weights(again), toys.weights(plain))
+    resumed, done = toys.train(tmp_path / "again", config=toys.CONFIG)
+    assert done.resumed == 6 and toys.same(toys.weights(resumed), toys.weights(plain))
+
+
+def test_what_has_no_layers_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="recompute"):
+        toys.train(tmp_path, of=toys.Bigram(), config=toys.CONFIG.replace(recompute=Recompute()))

@@ -54,7 +54,7 @@ def config(room, out, **changes) -> Pretrain:
 def test_a_new_model_learns_is_kept_and_loads_elsewhere(room, tmp_path):
     run = pretrain(config(room, tmp_path / "run"))
     rows = history.read(tmp_path / "run")
-    assert run.path == tmp_path / "run" / "model" and rows[-1]["loss"] < rows[0]["loss"] - 0.1
+    assert 0 < run.metrics["mfu"] < 1 and run.path == tmp_path / "run" / "model" and rows[-1]["loss"] < rows[0]["loss"] - 0.1
     assert rows[5]["validation"]["loss"] < rows[2]["validation"]["loss"], "validated twice, better the second time"
     ours, best = load(run.path), load(tmp_path / "run" / "best")
     assert ours.family == "llama" and ours.lineage[-1]["step"] == "pretrain"

@@ -88,7 +88,7 @@ def test_merges_equal_the_published_algorithm():
     counts = bpe.count_words(texts(5, 4)).counts
     assert bpe.train_merges(counts, alphabet=ALPHABET, size=320, min_count=1) == sennrich(counts, 320)
     tokenizer = bpe.train(["play sing playing player ring"] * 3, size=300, split="gpt2").tokenizer
-    assert [tokenizer.token(id) for id in tokenizer.encode("playing")] == ["play", "ing"]
+    assert [tokenizer.token(id) for id in tokenizer.encode("playing", bos=False)] == ["play", "ing"]
 
 
 @pytest.mark.concept("X.41", part="text/bpe.py")

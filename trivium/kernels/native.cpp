@@ -47,12 +47,21 @@ float sum_of(Vec v) {
     return lane[0];
 }
 
-// Rounds to bfloat16, to nearest even; a NaN stays a NaN. The value stays in float32.
+// Rounds to bfloat16, to nearest even; a NaN stays a NaN. The value stays in float32. (The processor's own conversion takes
+// denormals for zero.)
+#ifdef __AVX512BF16__
+Halves narrow(Vec x) { return (Halves)_mm512_cvtneps_pbh((__m512)x); }
+
+Vec round_to(bf16, Vec x) { return (Vec)(__builtin_convertvector(narrow(x), Bits) << 16); }
+#else
 Vec round_to(bf16, Vec x) {
     Bits u = (Bits)x;
     Bits rounded = (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u;
     return x == x ? (Vec)rounded : (Vec)((u | 0x00400000u) & 0xffff0000u);
 }
+
+Halves narrow(Vec x) { return __builtin_convertvector((Bits)round_to(bf16{}, x) >> 16, Halves); }
+#endif
 
 Vec round_to(float, Vec x) { return x; }
 
@@ -85,7 +94,7 @@ Vec load_whole(const bf16* p) {
 void store_whole(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 void store_whole(bf16* p, Vec v) {
-    Halves h = __builtin_convertvector((Bits)round_to(bf16{}, v) >> 16, Halves);
+    Halves h = narrow(v);
     std::memcpy(p, &h, sizeof h);
 }
 
@@ -99,8 +108,7 @@ Vec load_part(const bf16* p, long count) {
 void store_part(float* p, long count, Vec v) { _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v); }
 
 void store_part(bf16* p, long count, Vec v) {
-    __m512i rounded = (__m512i)((Bits)round_to(bf16{}, v) >> 16);
-    _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), _mm512_cvtepi32_epi16(rounded));
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), (__m256i)narrow(v));
 }
 #else
 template <class T>

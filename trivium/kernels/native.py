@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 HERE = Path(__file__).parent
-VARIANTS = {"AVX512": "v4", "AVX2": "v3"}  # torch's name of what the processor can do -> x86-64-v*; others run the plain one
+VARIANTS = {"AVX512": ("v4bf16", "v4"), "AVX2": ("v3",)}  # by torch's name of what the processor can do: x86-64-v*, the best first
 PLAIN = (Tensor, nn.Parameter, FakeTensor)  # a ghost (of `plan`) goes where the tensor that it stands for would go
 
 SIGNATURES = {
@@ -46,8 +46,10 @@ def _load() -> Loaded:
     if os.environ.get("TRIVIUM_NATIVE", "1") == "0":
         return Loaded(None, "off (TRIVIUM_NATIVE=0)")
     digest = hashlib.sha256((HERE / "native.cpp").read_bytes()).hexdigest()[:12]
-    best = VARIANTS.get(torch.backends.cpu.get_cpu_capability(), "plain")
-    for variant in dict.fromkeys((best, "plain")):
+    converts = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)  # younger than the oldest torch we take
+    for variant in (*VARIANTS.get(torch.backends.cpu.get_cpu_capability(), ()), "plain"):
+        if variant == "v4bf16" and not converts:
+            continue
         path = HERE / f"native-{variant}-{digest}.so"
         if path.exists():
             try:

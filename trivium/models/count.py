@@ -130,7 +130,8 @@ class _Walk:
             self.products.append(Product(2 * tokens * module.B.numel(), flowing or module.A.requires_grad, module.B.requires_grad))
             return flowing or module.A.requires_grad or module.B.requires_grad
         elif isinstance(module, Projections | AdaptedLinear | nn.ModuleDict):
-            return any([self.visit(child, tokens, flowing=flowing) for child in module.children()])
+            outs = [self.visit(child, tokens, flowing=flowing) for child in module.children()]  # every one, so no generator
+            return any(outs)
         flowing = flowing or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         for child in module.children():
             if isinstance(module, MixerModule) and isinstance(child, Projections):

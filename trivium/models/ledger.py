@@ -25,6 +25,7 @@ from ..kernels import native
 
 aten = torch.ops.aten
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+LARGE = 32 << 20  # glibc maps blocks above this one by one, and gives them back whole
 DEVICE = torch.ops.prim.device.default
 
 
@@ -55,6 +56,7 @@ class Ledger(TorchDispatchMode):
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self.moved = 0  # bytes that operations read and wrote
+        self.churned = 0  # bytes that were born in blocks below `LARGE`
         self._held: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def note(self, tensors: Iterable[Tensor], kind: str) -> None:
@@ -63,8 +65,9 @@ class Ledger(TorchDispatchMode):
             self._born(tensor, kind)
 
     def mark(self) -> None:
-        """Forget the worst moment so far."""
+        """Forget the worst moment so far, and what was moved and born."""
         self.peak = self.live.copy()
+        self.moved = self.churned = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is DEVICE and isinstance(args[0], FakeTensor):
@@ -92,6 +95,7 @@ class Ledger(TorchDispatchMode):
 
         self._held[key] = weakref.ref(storage, gone)
         self.live[kind] += size
+        self.churned += size if size < LARGE else 0
         if self.live.total() > self.peak.total():
             self.peak = self.live.copy()
 

@@ -1,8 +1,8 @@
 """What a run will need before it is begun: memory, disk, steps and time, and a refusal with proposals where it cannot fit.
 
 One training step of the very code that will run is taken on tensors that hold nothing (`models/ledger.py`), so figures
-follow the model, its passes and the batch; the process itself is measured, and so are this machine's rates. `SLACK` is the
-one empirical figure: see benchmarks/plan.py. Peak memory of loading and of validation is left out.
+follow the model, its passes and the batch; the process itself is measured, and so are this machine's rates. What glibc's
+allocator keeps beside is empirical (`SLACK`, `HOLES`; benchmarks/plan.py). Peaks of loading and validation are left out.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ from ..train.loop import TrainConfig
 from ..train.objectives import Objective
 from .doctor import examine
 
-SLACK = 1.5  # resident bytes for each byte that a step allocates and frees again: holes that the C library's allocator keeps
-STEADY = ("weights", "masters", "optimizer")  # held from the first step to the last, and so without slack
+# Fitted to peaks of whole processes: what a step holds for a while takes this much more, and each of its allocations leaves
+# a hole that is seldom filled again (before glibc 2.38, an aligned block never fits where one of its size was).
+SLACK, HOLES = 0.15, 0.07
+STEADY = ("weights", "masters", "optimizer")  # held from the first step to the last
 MARGIN = 0.05  # of the memory that is free, left to others
 
 
@@ -149,7 +151,7 @@ def needs(training: Training, *, held: int = 0) -> Plan:
     ghost(model)
     ledger, state = dry_run(model, training)
     transient = sum(value for kind, value in ledger.peak.items() if kind not in STEADY)
-    memory = {**ledger.peak, "allocator": int(transient * (SLACK - 1)), "process": max(0, resident() - held)}
+    memory = {**ledger.peak, "allocator": int(SLACK * transient + HOLES * ledger.churned), "process": max(0, resident() - held)}
     times = training.tokens / int((batch.segments >= 0).sum())
     rates = machine_rates()
     seconds = flops / rates[train.precision] + ledger.moved / rates["bytes"]
@@ -202,7 +204,6 @@ def dry_run(model: nn.Module, training: Training) -> tuple[Ledger, dict[str, dic
             master.grad = torch.empty_like(master)
         masters.step(1.0)
         ledger.mark()
-        ledger.moved = 0
         for micro in micros[:2]:  # the second one finds the first one's gradients
             phase = "forward"
             term = torch.stack(list(training.objective.terms(model, micro).values())).sum()

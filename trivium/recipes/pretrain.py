@@ -6,7 +6,7 @@ model so far is kept as a directory of its own. Run it again in the same folder 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from ..train.objectives import NextToken, Objective
 from ..train.run import Run
 from .data import bank
 from .load import Bundle
-from .needs import announce, foresee
+from .needs import Plan, announce, foresee, machine_rates
 from .sft import CONFIG, keep_config, loss_on
 
 
@@ -85,7 +85,7 @@ def pretrain(config: Pretrain) -> Run:
     train = bank(config.data, bundle.prompt, length=config.length)
     log.table("training data", ("what", "value"), inspect(train).table())
     validation = bank(config.validation, bundle.prompt, length=config.length) if config.validation else None
-    announce(foresee(config, bundle.model, train))
+    planned = announce(foresee(config, bundle.model, train))
     if not (out / CONFIG).exists():  # so that a run that is stopped can be gone on with by its config alone
         keep_config(config, out)
     done = fit(
@@ -101,8 +101,17 @@ def pretrain(config: Pretrain) -> Run:
     )
     keep_config(config, out)
     bundle.model.eval()
-    bundle.since("pretrain", config=config.to_dict(), metrics=done.metrics).save(out / "model", overwrite=True)
-    return Run(path=out / "model", model=bundle.model, metrics=done.metrics)
+    metrics = {**done.metrics, "mfu": utilization(planned, history.read(out))}
+    log.say(f"matrix products ran at {metrics['mfu']:.1%} of the rate that this machine reached when it was measured (MFU)")
+    bundle.since("pretrain", config=config.to_dict(), metrics=metrics).save(out / "model", overwrite=True)
+    return Run(path=out / "model", model=bundle.model, metrics=metrics)
+
+
+def utilization(planned: Plan, rows: Sequence[Mapping[str, Any]]) -> float:
+    """Model FLOPs utilization: the products that the run's `rows` (of metrics.jsonl) needed, per second, as a share of the
+    measured rate of this machine's matrix products; what is computed twice does not count as more."""
+    training, seconds = planned.training, sum(row["seconds"] for row in rows)
+    return planned.flops * len(rows) / training.steps / seconds / machine_rates()[training.train.precision]
 
 
 def plan(config: Pretrain) -> dict[str, int]:

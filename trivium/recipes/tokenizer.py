@@ -153,9 +153,10 @@ def open_tokenizer(model: str | Path, *, split: str | None = None) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, text: str, *, allow_special: bool = False) -> list[dict[str, Any]]:
-    """Each token of `text`: its id, as the vocabulary writes it, and the text that it alone decodes to."""
+    """Each token of `text`: its id, as the vocabulary writes it, and the text that it completes."""
+    decoder = tokenizer.stream(skip_special=False)
     ids = tokenizer.encode(text, allow_special=allow_special)
-    return [{"id": id, "token": tokenizer.token(id), "text": tokenizer.decode([id], skip_special=False)} for id in ids]
+    return [{"id": id, "token": tokenizer.token(id), "text": decoder.push(id)} for id in ids]
 
 
 def inspect(tokenizer: Tokenizer, *, data: Sequence[str | Path] = ()) -> dict[str, Any]:

@@ -31,7 +31,7 @@ splits.add("qwen2", PRE["qwen2"][0])
 splits.add("whitespace", r"\s*\S+|\s+$")
 splits.add("digits", r"\p{N}|[^\p{N}]+")
 
-PART = 1 << 20  # characters that are cut into words at a time: what that takes is many times the text
+PART = 1 << 18  # characters that are cut into words at a time: what that takes is many times the text
 BOUNDARY = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
 
 
@@ -101,7 +101,7 @@ def train_merges(counts: Mapping[str, int], *, alphabet: Sequence[str], size: in
     ids = {token: i for i, token in enumerate(tokens)}
     words = [[ids[char] for char in word] for word in counts]
     weights = list(counts.values())
-    pairs: Counter[tuple[int, int]] = Counter()
+    pairs: defaultdict[tuple[int, int], int] = defaultdict(int)
     where: defaultdict[tuple[int, int], set[int]] = defaultdict(set)
     for index, (word, weight) in enumerate(zip(words, weights, strict=True)):
         for pair in itertools.pairwise(word):
@@ -119,40 +119,43 @@ def train_merges(counts: Mapping[str, int], *, alphabet: Sequence[str], size: in
             continue
         if count < min_count:
             break
-        merged = tokens[pair[0]] + tokens[pair[1]]
         merges.append((tokens[pair[0]], tokens[pair[1]]))
-        if merged not in ids:
-            ids[merged] = len(tokens)
-            tokens.append(merged)
-        changed: set[tuple[int, int]] = set()
+        merged = ids.setdefault("".join(merges[-1]), len(tokens))
+        if merged == len(tokens):
+            tokens.append("".join(merges[-1]))
+        grown: set[tuple[int, int]] = set()
         for index in where.pop(pair):
-            old, weight = words[index], weights[index]
-            new = _merge(old, pair, ids[merged])
-            words[index] = new
-            for each in itertools.pairwise(old):
-                pairs[each] -= weight
-            for each in itertools.pairwise(new):
-                pairs[each] += weight
-                if each not in changed and index not in where[each]:
-                    changed.add(each)
+            found = _merge(words[index], pair, merged, pairs, weights[index])
+            for each in found:
                 where[each].add(index)
+            grown |= found
         del pairs[pair]
-        for each in changed:
+        for each in grown:
             heapq.heappush(heap, (-pairs[each], each))
     return merges
 
 
-def _merge(word: list[int], pair: tuple[int, int], merged: int) -> list[int]:
+def _merge(word: list[int], pair: tuple[int, int], merged: int, pairs: dict[tuple[int, int], int], weight: int) -> set[tuple[int, int]]:
+    """Merge `pair` in `word`, in place and from the left; move `weight` in `pairs` from each neighboring pair that goes to
+    the one that comes, and return those."""
     first, second = pair
-    out, i, last = [], 0, len(word) - 1
-    while i <= last:
-        if word[i] == first and i < last and word[i + 1] == second:
-            out.append(merged)
-            i += 2
-        else:
-            out.append(word[i])
-            i += 1
-    return out
+    found: set[tuple[int, int]] = set()
+    i = 0
+    while i < len(word) - 1:
+        if word[i] == first and word[i + 1] == second:
+            word[i : i + 2] = [merged]
+            if i > 0:
+                pairs[word[i - 1], first] -= weight
+                came = (word[i - 1], merged)
+                pairs[came] += weight
+                found.add(came)
+            if i + 1 < len(word):
+                pairs[second, word[i + 1]] -= weight
+                came = (merged, word[i + 1])
+                pairs[came] += weight
+                found.add(came)
+        i += 1
+    return found
 
 
 def train(

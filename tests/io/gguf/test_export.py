@@ -65,12 +65,16 @@ def bundle(folder: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) 
     return Bundle(model.to(dtype), tokenizer, prompt, folder, family="llama", rest=rest, generation_config=generation_config)
 
 
+SHORT = {**LLAMA3, "rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 4096}
+CASES = {**CONFIGS, "llama3 scaling of another length": {"head_dim": 64, "rope_parameters": SHORT}}
+
+
 @pytest.mark.concept("X.35", part="io/gguf/export.py")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("case", CASES)
 def test_there_and_back_is_the_same_model(tmp_path: Path, case: str, dtype: str):
     """Config and tensors, bit for bit; and the gguf package's reader agrees."""
-    source = llama(**CONFIGS[case]).to(DTYPES[dtype])
+    source = llama(**CASES[case]).to(DTYPES[dtype])
     model, rest = ours(source)
     written = write_model(tmp_path / "m.gguf", model, rest=rest)
     assert written.type == dtype.upper() and not written.notes
@@ -267,11 +271,13 @@ def test_modelfile():
     assert modelfile("m.gguf", context=2048, stops=[], template=False).splitlines()[1:] == ["FROM ./m.gguf", "PARAMETER num_ctx 2048"]
 
 
-def test_more_ends_than_words_are_told(tmp_path: Path):
+def test_what_is_left_out_is_told(tmp_path: Path):
     made = bundle(tmp_path)
-    written = write_model(
-        tmp_path / "m.gguf", made.model, tokenizer=made.tokenizer, rest=made.rest, generation_config={"eos_token_id": [258, 260, 257, 256]}
+    ends, rest = {"eos_token_id": [258, 260, 257, 256]}, {**made.rest, "vendor_flag": 3}
+    written = write_model(tmp_path / "m.gguf", made.model, tokenizer=made.tokenizer, rest=rest, generation_config=ends)
+    assert written.notes == (
+        "GGUF has words for 3 tokens that end a text; [256] end one in this model too and are left out",
+        "config.json's vendor_flag, allowed without being understood, have no place in GGUF and are left out",
     )
-    assert written.notes == ("GGUF has words for 3 tokens that end a text; [256] end one in this model too and are left out",)
     metadata = open_gguf(tmp_path / "m.gguf").metadata
     assert [metadata[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [260, 258, 257]

@@ -80,6 +80,11 @@ def test_values_are_packed_as_the_package_packs_them(kind: str):
     @given(st.one_of(wide, tiny, ties))
     @example(np.zeros(64, np.float32))
     @example(np.full(64, -0.0, np.float32))
+    @example(
+        np.array([high << 16 | low for high in range(0x3F7E, 0x3F8E) for low in (0x7FFF, 0x8000, 0x8001, 0xFFFF)], np.uint32).view(
+            np.float32
+        )
+    )
     def check(values: np.ndarray) -> None:
         scale = np.abs(values.reshape(-1, 32)).max(axis=1) / 127
         if kind == "Q8_0" and ((scale > 0) & (scale < 1e-37)).any():

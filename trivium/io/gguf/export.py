@@ -87,6 +87,8 @@ def write_model(
     _special_tokens(metadata, config, generation_config or {}, notes)
     if template is not None:
         metadata["tokenizer.chat_template"] = template
+    if carried := families.get(ARCH).unknown_keys(config):
+        notes.append(f"config.json's {', '.join(carried)}, allowed without being understood, have no place in GGUF and are left out")
     stored = {ROPE_FACTORS: _stored(ROPE_FACTORS, factors, "F32")} if factors is not None else {}
     stored |= _tensors(config, tensors, kind, notes)
     if STORED.get(kind) != model.dtype and not (kind == "F32" and model.dtype in STORED.values()):
