@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope
 
-.PHONY: demo test check lint assets concepts format clean
+.PHONY: demo test check lint assets concepts docs format clean
 .DEFAULT_GOAL := test
 
 demo: .venv/installed
@@ -30,12 +30,16 @@ assets: .venv/installed-test  # the few real models and tokenizers that tests us
 concepts: .venv/installed  # the generated table of what works
 	$(BIN)/python -m trivium.lab.concepts
 
+docs: .venv/installed-docs  # the documentation site, into site/; a broken link is an error
+	$(BIN)/python -m docs.generate
+	$(BIN)/zensical build --strict --clean
+
 format: .venv/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache
+	rm -rf .venv build dist site .pytest_cache .ruff_cache
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Trivium needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3"; exit 1; }
@@ -50,4 +54,8 @@ clean:
 .venv/installed-test: pyproject.toml constraints.txt | .venv/installed
 	@echo "installing what the tests compare with"
 	$(PIP) --editable '.[test,dev]'
+	@touch $@
+
+.venv/installed-docs: pyproject.toml constraints.txt | .venv/installed
+	$(PIP) --editable '.[docs]'
 	@touch $@

@@ -1,7 +1,7 @@
 """What `plan` says a run will need, beside what the run needed: peak memory over models, methods, batches and precisions.
 
 Each case plans and then trains three steps in one fresh process, as the recipes do; the peak is the kernel's own account. A
-plan's time is the least that the machine's rates allow, so the ratio of times says how near to them a step comes.
+plan's time is what the machine's measured rates give; processor time stands beside it, which a busy machine disturbs less.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def main() -> None:
         )
         for one in found
     ]
-    columns = ("case: rows x length / documents in a row", "planned MB", "peak MB", "error", "least s", "cpu s", "planning s")
+    columns = ("case: rows x length / documents in a row", "planned MB", "peak MB", "error", "planned s", "cpu s", "planning s")
     print("\n" + layout(("machine", ""), list(machine.items())))
     print("\n" + layout(columns, rows))
     worst = max(abs(one["error"]) for one in found)

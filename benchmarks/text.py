@@ -208,7 +208,7 @@ def main() -> None:
     parser = common.arguments(__doc__)
     parser.add_argument("--size", type=float, default=4, help="MB of text (default: 4)")
     parser.add_argument("--vocab", type=int, default=8192, help="tokens of each vocabulary (default: 8192)")
-    parser.add_argument("--stream", type=int, default=400, help="MB of the stream for the memory row (default: 400)")
+    parser.add_argument("--stream", type=int, default=200, help="MB of the stream for the memory row (default: 200)")
     options = parser.parse_args()
     machine = common.machine()
     options.threads = 1  # what every side uses
@@ -254,12 +254,10 @@ def main() -> None:
                 f"{merges:,} merges, equal to tokenizers'; {naive['words']:,} different words; {few} naive merges {naive['cpu']:.2f} s"
             )
         with common.workers({"memory": "benchmarks.text:Memory"}, threads=1, options={"folder": folder}) as sides:
-            used = sides["memory"].call("train", size=options.stream * MB, most_words=100_000)
+            used = sides["memory"].call("train", size=options.stream * MB, most_words=50_000)
         grown = used["after"] - used["before"]
         rows.append(Row("peak memory of training, a stream's size", "share", "less", [grown / (options.stream * MB)], goal=MEMORY_GOAL))
-        facts["stream"] = (
-            f"{options.stream} MB read, {grown / MB:.0f} MB more than before; {used['dropped']:,} words let go of 100,000 held"
-        )
+        facts["stream"] = f"{options.stream} MB read, {grown / MB:.0f} MB more than before; {used['dropped']:,} words let go, 50,000 held"
     notes = ["tiktoken and sentencepiece get their own files, trivium reads those of sentencepiece; no side uses a batch call"]
     told = common.versions("trivium", "tokenizers", "tiktoken", "sentencepiece")
     common.report("text", options, rows, facts=facts, notes=notes, versions=told, machine=machine)

@@ -7,6 +7,8 @@ that page's folder.
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -37,9 +39,23 @@ WRITTEN = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 # What makes the long commands short; options that come last win.
 TOY = {
-    "pretrain": ("--train.steps", "4", "--train.rows", "2", "--length", "64"),
-    "demo": ("--train_rows", "6", "--test_rows", "2", "--length", "256", "--adapter.rank", "2"),
-    "doctor": ("--quick",),
+    "pretrain": ["--train.steps", "4", "--train.rows", "2", "--length", "64"],
+    "demo": ["--train_rows", "6", "--test_rows", "2", "--length", "256", "--adapter.rank", "2"],
+    "demo --from-scratch": [
+        "--megabytes",
+        "0.05",
+        "--vocab",
+        "300",
+        "--held_out",
+        "1",
+        "--length",
+        "64",
+        "--train.rows",
+        "2",
+        "--train.steps",
+        "3",
+    ],
+    "doctor": ["--quick"],
 }
 every_page = pytest.mark.parametrize("page", WRITTEN)
 
@@ -94,9 +110,13 @@ class Reader:
         assert words[0] == "trivium" and command is not None, line
         self.seen.add(command.name)
         words = [str(self.toy) if word == "smollm2" else word for word in words[1:]]
-        if command.name == "demo" and "--model" not in words:
+        scratch = "--from-scratch" in words
+        if command.name == "pretrain" and "--config" not in words:
+            words += ["--preset", "tiny-llama"]
+        words += TOY.get(command.name + " --from-scratch" * scratch, [])
+        if command.name == "demo" and not scratch:  # it names no model
             words += ["--model", str(self.toy)]
-        done = self.trivium.ok(*words, *TOY.get(command.name, ()), stdin=given)
+        done = self.trivium.ok(*words, stdin=given)
         assert done.out or done.err, line
 
 
@@ -135,6 +155,9 @@ def open_elsewhere(path: Path) -> bool:
         case ".gguf":
             read = gguf.GGUFReader(path)
             assert read.tensors and read.get_field("general.architecture").contents()
+            if importlib.util.find_spec("llama_cpp"):
+                model = importlib.import_module("llama_cpp").Llama(str(path), n_ctx=32, n_threads=1, verbose=False)
+                assert len(list(itertools.islice(model.generate([1, 2, 3], temp=0.0), 3))) == 3
         case ".json":
             json.loads(path.read_text(encoding="utf-8"))
         case ".jsonl":
@@ -149,7 +172,11 @@ def open_elsewhere(path: Path) -> bool:
         assert tokenizers.Tokenizer.from_file(str(path)).get_vocab_size() > 256
     elif path.name == "adapter_config.json":
         assert peft.PeftConfig.from_pretrained(str(path.parent)).r > 0
-    elif path.name == "config.json" and path.with_name("model.safetensors").is_file() and families.names().count(json.loads(path.read_text())["model_type"]):
+    elif (
+        path.name == "config.json"
+        and path.with_name("model.safetensors").is_file()
+        and families.names().count(json.loads(path.read_text())["model_type"])
+    ):
         _, said = transformers.AutoModelForCausalLM.from_pretrained(path.parent, output_loading_info=True)
         assert not any(said[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), said
     return True
@@ -188,6 +215,18 @@ def test_navigation_holds_every_page():
     assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
+def test_site_builds(tmp_path):
+    """Strictly: a link to a page or a heading that is not there is an error."""
+    pytest.importorskip("zensical", reason="make docs installs it")
+    shutil.copytree(DOCS, tmp_path / "docs")
+    shutil.copy(readme.ROOT / "zensical.toml", tmp_path)
+    done = subprocess.run([sys.executable, "-m", "zensical", "build", "--strict"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    built = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*") if path.is_file()}
+    assert {f"{path.relative_to(DOCS).as_posix()[:-3]}.html" for path in DOCS.rglob("*.md")} <= built
+    assert not any(name.endswith((".py", ".pyc")) for name in built)
+
+
 @every_page
 def test_what_a_page_names_exists(page):
     """Links, files of the tree, tests, commands and options."""
@@ -199,4 +238,3 @@ def test_what_a_page_names_exists(page):
     assert [path for path in paths if not (readme.ROOT / path).exists() and path not in titles] == []
     readme.test_tests_that_are_named_exist(name)
     readme.test_commands_and_options_that_are_named_exist(name)
-    readme.test_targets_of_make_exist(name)

@@ -147,7 +147,7 @@ def test_halves_have_no_stretches():
         validate(Recompute, {"every": 2, "only": "mixer"})
 
 
-@pytest.mark.concept("T10.02", part=PART)
+@pytest.mark.concept("T10.02", part="models/checkpointing.py")
 def test_a_run_with_it_is_the_run_without(tmp_path):
     """LoRA with dropout and accumulation: the same weights; and a run may be gone on with without it."""
     plain, _ = toys.train(tmp_path / "plain")

@@ -118,7 +118,6 @@ def expect_equal(ours: Tokenizer, theirs: sentencepiece.SentencePieceProcessor, 
         assert ours.decode(ids) == theirs.decode(ids), ascii(text)
 
 
-@pytest.mark.concept("T04.02", part="text/sentencepiece_file.py")
 @pytest.mark.parametrize(("kind", "name"), BOTH)
 def test_ids_pieces_and_text_equal_sentencepiece(kind, name):
     ours, theirs = both(kind, name)
@@ -137,7 +136,6 @@ def test_decomposed_text_is_normalized_as_sentencepiece_does(kind, name):
             expect_equal(ours, theirs, unicodedata.normalize("NFD", text))
 
 
-@pytest.mark.concept("T04.02", part="text/sentencepiece_file.py")
 @pytest.mark.parametrize(("kind", "name"), BOTH)
 def test_what_was_normalized_comes_back_without_loss(kind, name):
     ours, theirs = both(kind, name)
@@ -184,6 +182,15 @@ def test_a_directory_with_the_file_loads_and_is_saved_as_tokenizer_json(kind, na
         wanted = [theirs.bos_id(), *theirs.encode(text)]
         assert again.encode(text) == wanted == engine.encode(text).ids == other.encode(text)
         assert again.encode_rest(text) == again.encode("x" + text)[-len(again.encode_rest(text)) :] or kind == "unigram"
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in ("bpe", "unigram") for name in ("plain", "llama", "symbols")])
+def test_a_continuation_keeps_its_own_space_and_gets_no_other(kind, name):
+    ours, theirs = both(kind, name)
+    for rest in (" Nacht und Wind", "und Wind", "人人生而自由"):
+        assert ours.encode_rest(rest) == theirs.encode("Wind" + rest)[len(theirs.encode("Wind")) :] or kind == "unigram"
+        if theirs.unk_id() not in ours.encode_rest(rest):
+            assert ours.decode(ours.encode("Wind") + ours.encode_rest(rest)) == "Wind" + rest
 
 
 def _file(folder, content: bytes):
@@ -240,6 +247,7 @@ UNK, A = piece("<unk>", type=2), piece("a", -1.0)
         ([UNK, piece("b", type=5)], "switched off"),
         ([UNK, piece("<0x00>", type=6)], "bytes are not complete"),
         ([UNK, piece("c", float("nan"))], "score nan"),
+        ([UNK, piece("c" * 513)], "a piece of 513 characters"),
         ([UNK, (1, message((1, b"\xff")))], "not UTF-8"),
         ([UNK, (1, b"\x0a\x7f")], "a field of 127 bytes where 0 are left"),
         ([UNK, (1, b"\x80" * 11)], "a number without end"),

@@ -6,7 +6,7 @@ from .options import Configs, Flags, answer, resolve
 
 
 def plan(*flags: Flags, config: Configs = (), json: bool = False) -> int:
-    """Says what a fine-tuning run would need: parameters, memory by kind, disk, steps, and the least time on this machine.
+    """Says what a fine-tuning run would need: parameters, memory by kind, disk, steps, and time on this machine.
 
     Takes the options and files of `trivium sft`; data may be left out. Exits with 1 where the run cannot fit, and says what
     could. Memory is that of the very code that would run, tried on tensors that hold nothing.

@@ -66,7 +66,7 @@ def _weighted(weights: Tensor, v: Tensor) -> Tensor:
 @backends.register("native")
 def products(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
     """As eager, the causal softmax in one native pass where the library takes these tensors."""
-    if causal and scale > 0 and native.takes(q, k, v):
+    if causal and scale > 0 and q.numel() and native.takes(q, k, v):
         return functions.causal_attention(q, k, v, scale=scale)
     return eager(q, k, v, scale=scale, causal=causal, mask=mask)
 

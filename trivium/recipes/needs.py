@@ -83,8 +83,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Plan:
-    """`memory`: bytes by kind at the worst moment; `checkpoint`: bytes of each on disk; `flops` and `seconds` of the whole run,
-    the latter at the rates that this machine reached (no run is faster)."""
+    """`memory`: bytes by kind at the worst moment; `checkpoint`: bytes of each on disk; `flops` of the whole run, and its
+    `seconds` were it to multiply matrices and move bytes at the rates that this machine reached."""
 
     training: Training
     parameters: int
@@ -114,7 +114,7 @@ class Plan:
             ("tokens", f"{self.training.tokens:,}"),
             ("memory at the worst moment", f"{size(self.peak)} of {size(available_memory())} free ({kinds})"),
             ("disk", f"{size(self.disk)} for checkpoints of {size(self.checkpoint)}, {size(free_disk(self.training.out))} free"),
-            ("time", f"{duration(self.seconds)} or more, {self.flops / 1e12:,.1f} TFLOP"),
+            ("time", f"about {duration(self.seconds)}, {self.flops / 1e12:,.1f} TFLOP"),
         ]
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from ..data import rows
 from ..io.files import atomic_directory
 from ..text import bpe, tiktoken_file
 from ..text.prompt import Prompt
-from ..text.tokenizer import Tokenizer
+from ..text.sentencepiece_file import NAME
+from ..text.tokenizer import FILE, Tokenizer
 from .data import text_side
 from .load import Bundle
 
@@ -147,7 +148,7 @@ def open_tokenizer(model: str | Path, *, split: str | None = None) -> Tokenizer:
         return tiktoken_file.load(path, split=split)
     if split is not None:
         raise ConfigError(f"{path}: the file says itself how text is split; only rank files (.tiktoken) need a split", field="split")
-    if path.is_dir() or path.suffix in (".json", ".model"):
+    if path.suffix in (".json", ".model") or any((path / name).is_file() for name in (FILE, NAME)):
         return Tokenizer.load(path)
     return text_side(model)[0]
 

@@ -2,7 +2,8 @@
 
 The file is a protobuf message, of which the few fields needed are read here. BPE and unigram models with their
 normalization, byte fallback, dummy prefix and symbols become the same steps of the `tokenizers` engine. Word and
-character models, spaces at the end of words, and pieces switched off (type UNUSED) are left out.
+character models, spaces at the end of words, and pieces switched off (type UNUSED) are left out. Ids differ from
+SentencePiece's for a text that is one user's symbol and nothing else, and for a mark after a letter that is replaced (fullwidth).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ UNIGRAM, BPE = 1, 2  # TrainerSpec.model_type
 KINDS = {UNIGRAM: "unigram", BPE: "BPE", 3: "word", 4: "character"}
 ALONE = "\ufff8"  # a code point without a character, which no grapheme crosses and no text holds
 MANY = 1 << 16
+LONGEST = 512  # characters of a piece; real ones have a few dozen at most
 NEVER = -1e6  # the score of a piece that text must not become; far below any sum of real scores
 
 
@@ -113,6 +115,8 @@ def _piece(data: bytes, where: str) -> tuple[str, float, int]:
             score = float(str(np.frombuffer(_bytes(value, where, size=4), "<f4")[0]))  # as few digits as name it: JSON keeps those
         elif number == 3:
             type = _number(value, where)
+    if len(text) > LONGEST:
+        raise _damaged(where, f"a piece of {len(text)} characters, beginning {text[:20]!r}")
     if not text or not -1e30 < score < 1e30 or type not in (NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE):
         raise _damaged(where, f"a piece {text!r:.40} with score {score} and type {type}")
     return text, score, type
@@ -292,7 +296,7 @@ def _apart(model: Model, normalizer: normalizers.Normalizer) -> list[str]:
 
 def _splits(model: Model, symbols: Sequence[str]) -> list[pre_tokenizers.PreTokenizer]:
     splits: list[pre_tokenizers.PreTokenizer] = []
-    if symbols and model.prefix:
+    if _by_pre_tokenizer(model, symbols):
         splits.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
     normal = {text for text, _, type in model.pieces if type == NORMAL}
     barred = [text for text, _, type in model.pieces if type not in (NORMAL, USER_DEFINED) and len(text) > 1]
@@ -304,20 +308,30 @@ def _splits(model: Model, symbols: Sequence[str]) -> list[pre_tokenizers.PreToke
     return splits
 
 
+def _by_pre_tokenizer(model: Model, symbols: Sequence[str]) -> bool:
+    """Whether the pre-tokenizer puts the space before a text. It looks whether one is there already, so that a continuation
+    keeps its own, and knows where a text begins, where a normalizer would put one before every piece between symbols."""
+    return model.prefix and (model.squeeze or bool(symbols))
+
+
 def _spaces(model: Model, symbols: Sequence[str]) -> list[normalizers.Normalizer]:
     """What happens to spaces, in SentencePiece's order."""
-    several = [normalizers.Replace(Regex(" {2,}"), " ")] if model.squeeze else []
-    begin: list[normalizers.Normalizer] = []
-    if symbols and model.prefix:
-        # The pre-tokenizer puts a space before a text, where it finds none and no symbol. (A step here would do so before
-        # every piece between symbols.) So one is put here before those, except where a symbol alone is looked at.
-        names = "|".join(map(re.escape, symbols))
-        begin.append(normalizers.Replace(Regex(rf"\A(?=[{'' if model.squeeze else ' '}{SPACE}]|{names})(?!(?:{names})\z)"), " "))
-    else:
-        begin += [normalizers.Replace(Regex(r"\A +"), "")] if model.squeeze else []
-        begin += [normalizers.Prepend(SPACE)] if model.prefix else []
-    end = [normalizers.Replace(Regex(rf"{SPACE}+\z"), "")] if model.squeeze else []
-    return [*several, *begin, normalizers.Replace(" ", SPACE), *end]
+    steps: list[normalizers.Normalizer] = []
+    if model.squeeze:
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if _by_pre_tokenizer(model, symbols):
+        # Before these it puts none, so it is done here; but not where a symbol by itself is normalized, to be looked for.
+        names = [re.escape(text) for text in symbols]
+        alone = f"(?!(?:{'|'.join(names)})\\z)" if names else ""
+        steps.append(
+            normalizers.Replace(Regex(rf"\A(?={'|'.join([SPACE, *names] if model.squeeze else [SPACE, ' ', *names])}){alone}"), " ")
+        )
+    elif model.squeeze:
+        steps.append(normalizers.Replace(Regex(r"\A +"), ""))
+    elif model.prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    steps.append(normalizers.Replace(" ", SPACE))
+    return [*steps, normalizers.Replace(Regex(rf"{SPACE}+\z"), "")] if model.squeeze else steps
 
 
 def _normalization(model: Model, where: str) -> list[normalizers.Normalizer]:
@@ -349,7 +363,8 @@ def _blocked() -> str:
     for order in sorted(set(map(unicodedata.combining, latin)))[1:]:
         before = [mark for mark in latin if unicodedata.combining(mark) == order]
         ways.append((before, [mark for mark in latin if unicodedata.combining(mark) < order]))
-    return "|".join(f"(?<=[{_ranges(before)}])(?=[{_ranges(after)}])" for before, after in ways)
+    pairs = "|".join(f"(?<=[{_ranges(before)}])(?=[{_ranges(after)}])" for before, after in ways)
+    return rf"(?=[\p{{M}}\p{{Lo}}])(?:{pairs})"  # nothing else comes after: a quick no at most places
 
 
 def _ranges(chars: Sequence[str]) -> str:

@@ -20,6 +20,8 @@ from .gguf_vocab import MAX_TOKENS
 from .stream import byte_alphabet
 from .tokenizer import Tokenizer
 
+LONGEST = 1024  # bytes of a token; the longest that is known has 128
+
 
 def load(file: str | Path, *, split: str, special: Mapping[str, int] | None = None) -> Tokenizer:
     """The tokenizer of a rank file. `split` names how text is cut into words (see `bpe.splits`), `special` gives special
@@ -38,8 +40,10 @@ def ranks(file: str | Path) -> dict[bytes, int]:
             key, value = base64.b64decode(token, validate=True), int(rank)
         except (binascii.Error, ValueError):
             raise FileError(f"{file}:{number}: not a token in base64 and its rank: {line!r:.60}") from None
-        if not key or key in found or not 0 <= value < MAX_TOKENS:
-            raise FileError(f"{file}:{number}: {line!r:.60}: tokens are not empty and stand once; ranks go from 0 to {MAX_TOKENS}")
+        if not 0 < len(key) <= LONGEST or key in found or not 0 <= value < MAX_TOKENS:
+            raise FileError(
+                f"{file}:{number}: {line!r:.60}: tokens have 1 to {LONGEST} bytes and stand once; ranks go from 0 to {MAX_TOKENS - 1}"
+            )
         found[key] = value
     if len(set(found.values())) != len(found):
         raise FileError(f"{file}: two tokens have the same rank")
