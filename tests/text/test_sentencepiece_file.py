@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Engine
 from transformers import AutoTokenizer
@@ -262,6 +262,7 @@ def test_a_file_that_cannot_be_is_refused(fields, match, tmp_path):
         Tokenizer.load(_file(tmp_path, message(*fields)))
 
 
+@settings(max_examples=50)
 @given(st.data())
 def test_a_damaged_file_is_refused_or_is_a_tokenizer(drawn):
     content = bytearray(data("unigram", "plain"))
