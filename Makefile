@@ -46,7 +46,7 @@ clean:
 	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "Could not create .venv; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 
 # The marks are written last, so that an interrupted installation starts again.
-.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+.venv/installed: pyproject.toml constraints.txt hatch_build.py trivium/kernels/native.cpp | .venv/bin/python
 	@echo "installing trivium into .venv (torch is large: a few minutes)"
 	$(PIP) --editable '.[demo]'
 	@touch $@

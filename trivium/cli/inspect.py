@@ -10,7 +10,7 @@ from .options import answer
 def inspect(
     model: str, other: str | None = None, /, *, accept: bool = False, allow_unknown: tuple[str, ...] = (), json: bool = False
 ) -> None:
-    """Shows a model's spec, its layers with their parameters and cache, hashes, prompt settings, and what it was made from.
+    """Shows a model's spec, its layers with their parameters and cache, memory and FLOPs at its context length, hashes, prompt settings, and what it was made from.
 
     With a second model, shows what differs between the two. A directory whose files were edited since trivium.json was
     written does not load until the edit is accepted.
@@ -55,6 +55,12 @@ def _show(found: dict[str, Any]) -> None:
     weights, cache = found["weight_bytes"] / (1 << 20), found["cache_bytes_per_token"]
     answer(
         f"\n{found['parameters']:,} parameters, {weights:,.1f} MiB as {found['dtype']}; {cache:,} bytes of cache per token\n", as_json=False
+    )
+    full = found["at"]
+    answer(
+        f"one row of {full['context']:,} tokens: {full['cache_bytes'] / (1 << 20):,.1f} MiB of cache beside the weights, "
+        f"{full['read_flops'] / 1e9:,.2f} GFLOP to read it whole, {full['token_flops'] / 1e9:,.3f} GFLOP for one more token\n",
+        as_json=False,
     )
     for part in ("tokenizer", "prompt", "hashes"):
         answer(dump({part: found[part]}), as_json=False)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..core import config
 from ..io import directory
+from ..models import count
 from ..models.transformer import TransformerModel
 from .load import Bundle, load
 
@@ -32,8 +33,9 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "weight_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-        "cache_bytes_per_token": cache_bytes_per_token(model),
+        "cache_bytes_per_token": sum(count.cache_bytes(model)),
         "context": bundle.spec.context,
+        "at": at(model, bundle.spec.context or 2048),
         "spec": bundle.spec.to_dict(defaults=True),
         "passes": [step.to_dict() for step in model.passes],
         "layers": layers(model),
@@ -50,22 +52,29 @@ def facts(bundle: Bundle) -> dict[str, Any]:
     }
 
 
+def at(model: TransformerModel, context: int) -> dict[str, int]:
+    """What one row at `context` tokens takes: bytes of weights and cache, and floating-point operations of reading it whole
+    and of one more token."""
+    whole = torch.zeros(1, context, dtype=torch.int64)
+    return {
+        "context": context,
+        "weight_bytes": count.bytes_of(model.parameters()),
+        "cache_bytes": sum(count.cache_bytes(model)) * context,
+        "read_flops": count.flops(model, whole, kept=1).forward,
+        "token_flops": count.decoding_flops(model, held=context - 1),
+    }
+
+
 def layers(model: TransformerModel) -> list[dict[str, Any]]:
     """One row for each part, from the embedding to the head: what stands there, its parameters, its cache."""
-    width = model.dtype.itemsize
+    caches = count.cache_bytes(model)
     rows: list[dict[str, Any]] = [_row("embed", model.embed, model.spec.embed.kind, 0)]
     for index, (name, layer) in enumerate(zip(model.spec.layers, model.layers, strict=True)):
         block = model.spec.blocks[name]
         kinds = ", ".join(f"{part} {spec.kind}" for part, spec in (("mixer", block.mixer), ("ffn", block.ffn)) if spec is not None)
-        kept = sum(math.prod(entry.shape) for entry in layer.state().values())  # type: ignore[operator]
-        rows.append(_row(f"{index} {name}", layer, kinds, kept * width))
+        rows.append(_row(f"{index} {name}", layer, kinds, caches[index]))
     rows.append(_row("final norm", model.final_norm, model.spec.final_norm.kind, 0))
     return [*rows, _row("head", model.head, model.spec.head.kind, 0)]
-
-
-def cache_bytes_per_token(model: TransformerModel) -> int:
-    """Bytes that one token of one row takes in a cache of the model's dtype."""
-    return sum(row["cache_bytes_per_token"] for row in layers(model))
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -75,5 +84,5 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, An
 
 
 def _row(name: str, module: nn.Module, what: str, cache: int) -> dict[str, Any]:
-    count = sum(parameter.numel() for parameter in module.parameters())
-    return {"layer": name, "what": what, "parameters": count, "cache_bytes_per_token": cache}
+    size = count.parameters(module).total
+    return {"layer": name, "what": what, "parameters": size, "cache_bytes_per_token": cache}

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -28,6 +28,7 @@ from ..core.log import log
 from ..core.seed import derive
 from ..core.spec import Spec
 from ..models.checkpointing import Recompute
+from ..models.compiling import compiled
 from ..models.transformer import TransformerModel
 from ..optim.masters import Masters
 from ..optim.optimizers import Optimizer
@@ -57,6 +58,7 @@ class TrainConfig(Spec):
     validate_every: int | None = Field(None, gt=0, description="updates between validations; none given: after the last one only")
     save_every: int | None = Field(None, gt=0, description="updates between checkpoints; none given: after the last one only")
     keep_last: int | None = Field(2, gt=0, description="how many checkpoints stay; null: all")
+    compile: bool = Field(False, description="compile each layer's feed-forward half: slow first steps, then faster or not; measure")
     track: tuple[SerializeAsAny[Tracker], ...] = Field((TensorBoard(),), description="where numbers go beside metrics.jsonl")
 
 
@@ -125,7 +127,8 @@ def fit(
         raise ConfigError("train.recompute: only the layers of a transformer can be computed again", field="train.recompute")
     if isinstance(model, TransformerModel):
         model.recompute = config.recompute
-    with checkpoint.locked(directory), _own_randomness(model), _signals() as interrupted:
+    faster = compiled(model) if config.compile else nullcontext()
+    with checkpoint.locked(directory), _own_randomness(model), faster, _signals() as interrupted:
         checkpoint.clean(directory)
         masters = Masters(model, optim, dtype=dtype(config.precision))
         step = start = _resume(directory, masters, about)
