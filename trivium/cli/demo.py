@@ -32,16 +32,22 @@ def demo(*flags: Flags, config: Configs = (), from_scratch: bool = False, dry_ru
         Answer as JSON: every fact of the report.
     """
     if from_scratch:
-        from ..recipes.from_scratch import FromScratch as Job
-        from ..recipes.from_scratch import from_scratch as run
+        from ..recipes.from_scratch import FromScratch
+        from ..recipes.from_scratch import from_scratch as run_scratch
+
+        scratch = resolve(FromScratch, config, flags, aliases={}, command=demo)
+        if dry_run:
+            answer(scratch, as_json=json)
+            return
+        facts = run_scratch(scratch)
     else:
-        from ..recipes.demo import Demo as Job
+        from ..recipes.demo import Demo
         from ..recipes.demo import demo as run
 
-    job = resolve(Job, config, flags, aliases={}, command=demo)
-    if dry_run:
-        answer(job, as_json=json)
-        return
-    facts = run(job)
+        job = resolve(Demo, config, flags, aliases={}, command=demo)
+        if dry_run:
+            answer(job, as_json=json)
+            return
+        facts = run(job)
     if json:
         answer(facts, as_json=True)

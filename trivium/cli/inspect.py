@@ -10,7 +10,8 @@ from .options import answer
 def inspect(
     model: str, other: str | None = None, /, *, accept: bool = False, allow_unknown: tuple[str, ...] = (), json: bool = False
 ) -> None:
-    """Shows a model's spec, its layers with their parameters and cache, memory and FLOPs at its context length, hashes, prompt settings, and what it was made from.
+    """Shows a model's spec, its layers with their parameters and cache, what it takes at its context length, hashes, prompt
+    settings, and what it was made from.
 
     With a second model, shows what differs between the two. A directory whose files were edited since trivium.json was
     written does not load until the edit is accepted.

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..core.errors import ConfigError
+from .block import Layer
 from .transformer import TransformerModel
 
 
@@ -21,10 +22,11 @@ def compiled(model: nn.Module) -> Iterator[None]:
     """Inside, every layer's second half runs compiled; afterwards the model is as it was. `ConfigError` for another kind of model."""
     if not isinstance(model, TransformerModel):
         raise ConfigError(f"compile: {type(model).__name__} has no layers to compile", field="train.compile")
-    for layer in model.layers:
+    layers = [layer for layer in model.layers if isinstance(layer, Layer)]
+    for layer in layers:
         layer.feed = torch.compile(layer.feed)
     try:
         yield
     finally:
-        for layer in model.layers:
+        for layer in layers:
             del layer.feed

@@ -145,4 +145,6 @@ def ends(engine: Tokenizer, config: Mapping[str, Any]) -> processors.TemplatePro
     if not found:
         return None
     single = [found.get(part, part) for part in ("bos", "$A", "eos") if part in found or part == "$A"]
-    return processors.TemplateProcessing(single=single, special_tokens=[(token, engine.token_to_id(token)) for token in set(found.values())])
+    return processors.TemplateProcessing(
+        single=single, special_tokens=[(token, engine.token_to_id(token)) for token in set(found.values())]
+    )

@@ -94,7 +94,8 @@ def _value(value: Any, key: str) -> bytes:
 
 
 def _kind(value: object) -> int:
-    return {bool: BOOL, int: INT32, float: FLOAT32, str: STRING}[type(value)]
+    kinds: dict[type, int] = {bool: BOOL, int: INT32, float: FLOAT32, str: STRING}
+    return kinds[type(value)]
 
 
 def _packed(value: Any, kind: int, key: str) -> bytes:
