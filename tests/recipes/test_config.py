@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests.recipes.toys import write_rows
+from trivium.core import config as configs
+from trivium.optim.optimizers import AdamW
+from trivium.recipes.from_scratch import FromScratch
+from trivium.recipes.pretrain import Pretrain
+from trivium.recipes.sft import SFT
 from trivium.train import history
+from trivium.train.loop import TrainConfig
 
 RUN = """\
 model: {model}
@@ -55,3 +61,13 @@ def test_a_wrong_yaml_names_path_line_and_nearest(trivium, toy, tmp_path, wrong,
     (tmp_path / "run.yaml").write_text(changed[wrong])
     error = trivium.refused("sft", "--config", "run.yaml", status=2)
     assert said in error and "run.yaml:" in error and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("changes", [{"train": TrainConfig(rows=8)}, {"train": TrainConfig(rows=16), "optim": AdamW(lr=1.0)}, {}], ids=str)
+def test_a_written_config_is_read_back_as_it_was(changes, tmp_path):
+    """Also where a field equals the default of its class, but not that of the recipe."""
+    scratch = FromScratch(train=changes["train"]) if changes else FromScratch()
+    for spec in (SFT(data=("a",), **changes), Pretrain(tokenizer="t", data=("a",), **changes), scratch):
+        path = tmp_path / "config.yaml"
+        path.write_text(configs.dump(spec))
+        assert configs.resolve(type(spec), [path]).spec == spec

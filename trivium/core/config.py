@@ -104,8 +104,10 @@ def scalar(text: str, *, name: str) -> Any:
 
 
 def dump(value: Spec | Mapping[str, Any]) -> str:
-    """YAML that reads back as the same values here, and in readers of YAML 1.1."""
-    data = value.to_dict() if isinstance(value, Spec) else dict(value)
+    """YAML that reads back as the same values here, and in readers of YAML 1.1.
+
+    A spec is written with all its fields: one left out would be taken from the field that holds it, whose default may be another."""
+    data = value.to_dict(defaults=True) if isinstance(value, Spec) else dict(value)
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
