@@ -191,7 +191,14 @@ def test_contributed_files_are_in_house_style(contributed):
     copy, names = contributed
     run_in(copy, "ruff", "check", *names)
     run_in(copy, "ruff", "format", "--check", *names)
-    run_in(copy, "pyrefly", "check", "--summary=none", *(name for name in names if name.startswith("trivium/")))
+    run_in(
+        copy,
+        "pyrefly",
+        "check",
+        "--summary=none",
+        f"--python-interpreter-path={sys.executable}",
+        *(name for name in names if name.startswith("trivium/")),
+    )
     linter = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([linter, "--no-cache", "--no-logo"], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

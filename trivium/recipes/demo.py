@@ -49,7 +49,7 @@ class Demo(Spec):
 
     model: str = Field("smollm2", description="the model that is taught")
     out: str = Field("trivium-demo", description="the folder that everything is kept in")
-    train_rows: int = Field(1200, gt=0, description="texts to learn from")
+    train_rows: int = Field(1400, gt=0, description="texts to learn from")
     test_rows: int = Field(96, gt=0, description="held-out texts, of other templates, names and places")
     length: int = Field(1024, gt=0, description="tokens in one step")
     adapter: LoRA = Field(LoRA(rank=16, alpha=32.0), description="what is trained")
