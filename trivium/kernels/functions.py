@@ -28,6 +28,8 @@ def _once(backward: Backward) -> Backward:
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, offset: float, round_first: bool) -> Tensor:
     """x / rms(x) * (weight + offset) over the last dimension, x [..., C], weight [C]."""
+    if not torch.is_grad_enabled():  # a decoding step is small enough for autograd's own cost to show
+        return native.rms_norm(x.contiguous(), weight, eps=eps, offset=offset, round_first=round_first)[0]
     return _RMSNorm.apply(x.contiguous(), weight, (eps, offset, round_first))
 
 
@@ -52,6 +54,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, of one shape; only the two are kept for the backward."""
+    if not torch.is_grad_enabled():
+        return native.silu_times(gate.contiguous(), up.contiguous())
     return _SiLUTimes.apply(gate.contiguous(), up.contiguous())
 
 
@@ -70,6 +74,8 @@ class _SiLUTimes(torch.autograd.Function):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x_i, x_{i+D/2}) of x [B, H, T, D] by its angle; cos, sin [B|1, 1, T, D/2]. The result lies in memory as x does."""
+    if not torch.is_grad_enabled():
+        return native.rotate(x if x.stride(-1) == 1 else x.contiguous(), cos.contiguous(), sin.contiguous())
     return _Rotate.apply(x, cos.contiguous(), sin.contiguous())
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_float, c_int, c_long, c_void_p
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,6 @@ def _share_threads(library: ctypes.CDLL) -> bool:
 
 _found = _load()
 _active = _found.library
-_taken: tuple[type[Tensor], ...] = (Tensor, nn.Parameter)
 
 
 def available() -> bool:
@@ -106,28 +105,6 @@ def switched_off() -> Iterator[None]:
         _active = before
 
 
-class _Nothing:
-    """Stands in for the library: every function is there and does nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., int]:
-        return lambda *_: 0
-
-
-@contextmanager
-def pretended(ghost: type[Tensor]) -> Iterator[None]:
-    """Inside, tensors of the type `ghost`, which hold nothing, are taken as well, and the functions make their results
-    without computing them: so memory can be planned on the paths that will run."""
-    global _active, _found, _taken
-    before = _active, _found, _taken
-    if _active is not None:
-        nothing: Any = _Nothing()
-        _active, _found, _taken = nothing, _found._replace(library=nothing), (*_taken, ghost)
-    try:
-        yield
-    finally:
-        _active, _found, _taken = before
-
-
 def takes(*tensors: Tensor) -> bool:
     """Whether the library is there and the tensors are plain ones on the CPU, all bfloat16 or all float32.
 
@@ -138,7 +115,10 @@ def takes(*tensors: Tensor) -> bool:
     dtype = tensors[0].dtype
     if dtype is not torch.bfloat16 and dtype is not torch.float32:
         return False
-    return all(x.dtype is dtype and x.device.type == "cpu" and type(x) in PLAIN for x in tensors)
+    for x in tensors:  # noqa: SIM110 - a plain loop: this is asked some hundred times for each token that is decoded
+        if x.dtype is not dtype or x.device.type != "cpu" or type(x) not in PLAIN:
+            return False
+    return True
 
 
 def _run(name: str, *arguments: Tensor | float | None) -> None:

@@ -21,8 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..kernels import native
-
 aten = torch.ops.aten
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 LARGE = 32 << 20  # glibc maps blocks above this one by one, and gives them back whole
@@ -40,8 +38,8 @@ def ghost(model: nn.Module, *, device: str = "cpu") -> None:
 
 @contextmanager
 def followed(ledger: Ledger) -> Iterator[None]:
-    """Inside, `ledger` follows what is computed, and native kernels take ghosts too."""
-    with ledger, native.pretended(FakeTensor), warnings.catch_warnings():
+    """Inside, `ledger` follows what is computed."""
+    with ledger, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         yield
 

@@ -45,4 +45,4 @@ class Projections(nn.Module):
             self.add_module(name, module)
 
     def forward(self, x: Tensor, step: Step) -> list[Tensor]:
-        return [module(x, step) for module in self.children()]
+        return [module(x, step) for module in self._modules.values() if module is not None]

@@ -1,0 +1,192 @@
+"""What waits for a GPU, by value: each item computes something and says what it must come to.
+
+`python scripts/gpu_visit.py` on a machine with one; `--device cpu` shows that the items themselves run. Nothing is
+downloaded. An item that fails is printed and the rest goes on; the exit status is 1 if any failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trivium.adapt.lora import LoRA, initialize_adapter
+from trivium.data.batch import Batch
+from trivium.infer.generate import generate
+from trivium.infer.sampling import Sampling
+from trivium.models.presets import llama
+from trivium.models.transformer import TransformerModel, build, initialize
+from trivium.nn.attention import use_backend
+from trivium.nn.backends import backends
+from trivium.nn.inputs import Inputs
+from trivium.optim.optimizers import AdamW
+from trivium.optim.schedules import Constant
+from trivium.train.loop import TrainConfig, fit
+from trivium.train.objectives import NextToken
+
+SPEC = llama(dim=64, layers=3, heads=4, kv_heads=2, hidden=128, vocab=211, context=256, window=48)
+
+
+@dataclass(frozen=True)
+class Item:
+    """`measure(device)` must give at most `expected` (what, in words). `rows`: the contract's rows that wait for it."""
+
+    name: str
+    rows: str
+    what: str
+    expected: float
+    measure: Callable[[torch.device], float]
+
+
+def model(device: torch.device, dtype: torch.dtype = torch.float32) -> TransformerModel:
+    made = initialize(build(SPEC, device="cpu"), seed=0, std=0.2)
+    return made.to(device, dtype).eval()
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(0, SPEC.vocab, shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def packed(device: torch.device) -> Inputs:
+    lengths = (60, 5, 40, 23)
+    segments = torch.tensor([[n for n, length in enumerate(lengths) for _ in range(length)]])
+    return Inputs(tokens(1, sum(lengths)).to(device), segments=segments.to(device))
+
+
+def off(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, in deviations of b."""
+    return ((a.cpu().float() - b.cpu().float()).abs().max() / b.float().std().cpu()).item()
+
+
+def forward_is_the_cpus(device: torch.device) -> float:
+    return off(model(device)(packed(device)).logits, model(torch.device("cpu"))(packed(torch.device("cpu"))).logits)
+
+
+def backends_agree(device: torch.device) -> float:
+    made, worst = model(device), 0.0
+    use_backend(made, "eager")
+    expected = made(packed(device)).logits
+    for name in backends.names():
+        use_backend(made, name)
+        worst = max(worst, off(made(packed(device)).logits, expected))
+    return worst
+
+
+def cached_is_full(device: torch.device) -> float:
+    made, x = model(device), tokens(3, 90).to(device)
+    cache = made.cache(rows=3, capacity=90)
+    with torch.inference_mode():
+        pieces = [made(Inputs(piece, cache=cache)).logits for piece in x.split((70, 1, 1, 18), dim=1)]
+    return off(torch.cat(pieces, 1), made(x).logits)
+
+
+def answers_are_the_cpus(device: torch.device) -> float:
+    """Greedy and sampled: the share of ids that differ. Sampling draws the same numbers on every device."""
+    prompts = [tokens(1, n)[0].tolist() for n in (5, 30, 12)]
+    settings = [
+        Sampling(temperature=0, max_tokens=40),
+        Sampling(seed=1, top_p=0.9, max_tokens=40),
+        Sampling(seed=2, top_k=20, min_p=0.02, max_tokens=40),
+    ]
+    ours, theirs = (generate(model(where), prompts, settings) for where in (device, torch.device("cpu")))
+    pairs = [(a, b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one.ids, other.ids, strict=True)]
+    return sum(a != b for a, b in pairs) / len(pairs)
+
+
+class Rows:
+    fingerprint = "visit"
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def batch(self, i: int, /) -> Batch:
+        x = tokens(4, 64 + i % 2)
+        targets = torch.ones_like(x, dtype=torch.bool)
+        targets[:, 0] = False
+        return Batch(x, torch.zeros_like(x), targets).to(self.device)
+
+    def steps(self, epochs: float, /) -> int:
+        return 4
+
+
+def trained(device: torch.device, *, precision: str, steps: int, folder: Path) -> tuple[TransformerModel, dict[str, float]]:
+    made = LoRA(rank=4).apply(model(device))
+    initialize_adapter(made, seed=0)
+    config = TrainConfig(rows=4, micro=2, steps=steps, precision=precision, save_every=2, track=())  # type: ignore[arg-type]
+    done = fit(made, Rows(device), objective=NextToken(), optim=AdamW(lr=1e-2), schedule=Constant(), config=config, directory=folder)
+    return made, done.metrics
+
+
+def training_is_the_cpus(device: torch.device) -> float:
+    with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b:
+        ours = trained(device, precision="fp32", steps=4, folder=Path(a))[1]["loss"]
+        theirs = trained(torch.device("cpu"), precision="fp32", steps=4, folder=Path(b))[1]["loss"]
+    return abs(ours / theirs - 1)
+
+
+def resumed_is_uninterrupted(device: torch.device) -> float:
+    """The largest difference of any parameter; 0 means bit for bit."""
+    with tempfile.TemporaryDirectory() as a:
+        whole = trained(device, precision="bf16", steps=4, folder=Path(a))[0]
+        newest = Path(a) / "checkpoint-4"
+        for path in newest.iterdir():  # what a crash after step 2 leaves
+            path.unlink()
+        newest.rmdir()
+        again = trained(device, precision="bf16", steps=4, folder=Path(a))[0]
+    return max((p - q).abs().max().item() for p, q in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+ITEMS = (
+    Item("forward, packed, float32", "T01.01 T02.01 T16.01 T17.01", "deviations from the CPU's logits", 1e-4, forward_is_the_cpus),
+    Item("attention backends", "T01.01 T19.01", "deviations from eager", 1e-4, backends_agree),
+    Item("cached decoding", "T08.01", "deviations from the full forward", 1e-4, cached_is_full),
+    Item(
+        "answers, greedy and sampled",
+        "T09.01 T09.02 T09.03 T09.04 T09.05",
+        "share of ids that differ from the CPU's",
+        0.05,
+        answers_are_the_cpus,
+    ),
+    Item(
+        "four LoRA steps, accumulated, float32",
+        "T06.03 T10.03 T10.04",
+        "relative difference of the last loss from the CPU's",
+        1e-4,
+        training_is_the_cpus,
+    ),
+    Item("resumed run, bfloat16", "T10.03", "largest difference from the uninterrupted run", 0.0, resumed_is_uninterrupted),
+)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    device = torch.device(parser.parse_args(argv).device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("no GPU here; --device cpu runs the items on the CPU", file=sys.stderr)
+        return 1
+    torch.backends.cuda.matmul.allow_tf32 = False
+    failed = 0
+    for item in ITEMS:
+        try:
+            found = item.measure(device)
+            passed = found <= item.expected
+            print(
+                f"{'ok  ' if passed else 'FAIL'} {item.name}: {found:.3g} {item.what} (expected at most {item.expected:g}) [{item.rows}]",
+                flush=True,
+            )
+        except Exception:  # the rest of a visit is too dear to lose
+            passed = False
+            print(f"FAIL {item.name}: {traceback.format_exc(limit=3)}", flush=True)
+        failed += not passed
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
