@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,10 +12,12 @@ from trivium.core.spec import Part
 from trivium.models.block import Block
 from trivium.models.transformer import Transformer, TransformerModel, build
 from trivium.nn.activations import GELU, Activation, ReLU
-from trivium.nn.attention import Attention, Mixer
+from trivium.nn.attention import Attention, Mixer, Scores
+from trivium.nn.cross import CrossAttention
 from trivium.nn.embeddings import Embed, Tokens
 from trivium.nn.feedforward import FFN, MLP
 from trivium.nn.heads import Head, LMHead
+from trivium.nn.inputs import Inputs
 from trivium.nn.norms import RMS, Layer, Norm
 from trivium.nn.patterns import Pattern
 from trivium.nn.positions import Position, Rope, RopeScaling
@@ -27,6 +30,12 @@ FORMS: dict[str, Part] = {  # further forms of a part that take another path thr
     "ffn-mlp-plain": MLP(hidden=40, activation=ReLU(), gated=False, bias=True),
     "activation-gelu-exact": GELU(),
     "activation-gelu-sigmoid": GELU(approximate="sigmoid"),
+    "mixer-attention-softcap": Attention(heads=6, kv_heads=2, head_dim=8, position=Rope(base=50.0), scores=Scores(softcap=2.0)),
+    "mixer-attention-sinks": Attention(heads=6, kv_heads=2, head_dim=8, position=Rope(base=50.0), scores=Scores(scale=0.3, sinks=True)),
+    "mixer-attention-normed": Attention(
+        heads=6, kv_heads=2, head_dim=8, position=Rope(base=50.0), qk_norm=RMS(), gate="channel", bias=("gate",)
+    ),
+    "mixer-attention-normed-wide": Attention(heads=6, kv_heads=3, head_dim=8, qk_norm=RMS(), qk_norm_over="projection", gate="head"),
     "norm-layer-without-bias": Layer(eps=1e-4, bias=False),
 }
 
@@ -44,6 +53,8 @@ def host(part: Part, *, causal: bool = True) -> Transformer:
     block: dict[str, object] = {"mixer": attention, "ffn": ffn, "norm": RMS(eps=1e-4)}
     model: dict[str, object] = {"head": LMHead(tied=False)}
     match part:
+        case CrossAttention():
+            block["cross"] = part
         case Mixer():
             block["mixer"] = part
         case FFN():
@@ -98,3 +109,11 @@ def segments_of(rows: Sequence[Sequence[int]], width: int) -> torch.Tensor:
                 out[b, at : at + length] = index
             at += abs(length)
     return out
+
+
+def ask(part: Part | None, x: torch.Tensor, **given: Any) -> Inputs:
+    """The inputs of a forward of `host(part)` on tokens `x` [B, T]: with a memory, the same for every row, where it reads one."""
+    if isinstance(part, CrossAttention):
+        memory = torch.randn(1, 7, part.memory_dim or DIM, generator=generator(0, "memory")).expand(len(x), -1, -1)
+        given = {"memory": memory, "memory_segments": torch.tensor([0, 0, 0, 0, 0, -1, -1]).expand(len(x), -1), **given}
+    return Inputs(x, **given)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import pytest
 import torch
 
-from tests.tiny import VOCAB, host, parts, segments_of, tiny, tokens
+from tests.tiny import VOCAB, ask, host, parts, segments_of, tiny, tokens
 from trivium.adapt.lora import LoRA, initialize_adapter
 from trivium.adapt.passes import Pass, apply_passes
+from trivium.core.errors import ConfigError
 from trivium.core.spec import validate
 from trivium.models.transformer import Transformer, build, initialize
 from trivium.nn.attention import use_backend
 from trivium.nn.backends import backends
-from trivium.nn.inputs import Inputs
 
 PARTS = parts()
 every_part = pytest.mark.parametrize("part", [part for _, part in PARTS], ids=[name for name, _ in PARTS])
@@ -29,7 +30,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5)
 @every_part
 def test_shapes_and_spread(part):
     model = tiny(host(part))
-    output = model(tokens(2, 9))
+    output = model(ask(part, tokens(2, 9)))
     assert output.hidden.shape == (2, 9, 24) and output.logits.shape == (2, 9, VOCAB)
     assert output.logits.std() > 0.1, "too flat a model proves nothing"
 
@@ -48,7 +49,7 @@ def test_nothing_leaks_from_the_future(part):
     a = tokens(2, 10)
     b = a.clone()
     b[:, 6:] = tokens(2, 4, seed=1)
-    assert torch.equal(model(a).logits[:, :6], model(b).logits[:, :6])
+    assert torch.equal(model(ask(part, a)).logits[:, :6], model(ask(part, b)).logits[:, :6])
 
 
 @every_part
@@ -57,8 +58,8 @@ def test_cached_steps_equal_the_full_forward(part, chunks):
     model, x = tiny(host(part)), tokens(2, 12)
     cache = model.cache(rows=2, capacity=12)
     with torch.inference_mode():
-        pieces = [model(Inputs(piece, cache=cache)).logits for piece in x.split(chunks, dim=1)]
-        close(torch.cat(pieces, 1), model(x).logits)
+        pieces = [model(ask(part, piece, cache=cache)).logits for piece in x.split(chunks, dim=1)]
+        close(torch.cat(pieces, 1), model(ask(part, x)).logits)
     assert cache.lengths == [12, 12]
 
 
@@ -69,49 +70,49 @@ def test_cached_rows_of_different_lengths(part):
     segments = segments_of([[n] for n in lengths], 9)
     cache = model.cache(rows=4, capacity=14)
     with torch.inference_mode():
-        model(Inputs(x, segments=segments, cache=cache))
+        model(ask(part, x, segments=segments, cache=cache))
         assert cache.lengths == lengths
-        steps = torch.cat([model(Inputs(y[:, t : t + 1], cache=cache)).logits for t in range(3)], 1)
+        steps = torch.cat([model(ask(part, y[:, t : t + 1], cache=cache)).logits for t in range(3)], 1)
         for row, n in enumerate(lengths):
-            close(steps[row], model(torch.cat([x[row, :n], y[row]])[None]).logits[0, n:])
+            close(steps[row], model(ask(part, torch.cat([x[row, :n], y[row]])[None])).logits[0, n:])
 
 
 @every_part
 def test_rollback_fork_and_reorder(part):
     model, x, y = tiny(host(part)), tokens(3, 8), tokens(3, 4, seed=7)
-    cache = model.cache(rows=3, capacity=16)
+    cache = model.cache(rows=3, capacity=16, rollback=4)
     with torch.inference_mode():
-        model(Inputs(x, cache=cache))
+        model(ask(part, x, cache=cache))
         mark, fork = cache.snapshot(), cache.fork()
-        first = model(Inputs(y, cache=cache)).logits
+        first = model(ask(part, y, cache=cache)).logits
         cache.drop_last(4)
-        close(model(Inputs(y, cache=cache)).logits, first)
+        close(model(ask(part, y, cache=cache)).logits, first)
         cache.restore(mark)
-        close(model(Inputs(y, cache=cache)).logits, first)
+        close(model(ask(part, y, cache=cache)).logits, first)
         cache.drop_last([0, 2, 4])
         assert cache.lengths == [12, 10, 8]
-        ragged = model(Inputs(y[:, :1], cache=cache)).logits
+        ragged = model(ask(part, y[:, :1], cache=cache)).logits
         for row, n in enumerate([4, 2, 0]):
             full = torch.cat([x[row], y[row, :n], y[row, :1]])[None]
-            close(ragged[row, -1], model(full).logits[0, -1])
+            close(ragged[row, -1], model(ask(part, full)).logits[0, -1])
         cache.reorder([2, 2, 0])
-        again = model(Inputs(y[[2, 2, 0], :1], cache=cache)).logits
-        close(again[:2], model(torch.cat([x[2], y[2, :1], y[2, :1]])[None]).logits[0, -1].expand(2, 1, -1))
-        close(again[2, 0], model(torch.cat([x[0], y[0], y[0, :1], y[0, :1]])[None]).logits[0, -1])
-        close(model(Inputs(y, cache=fork)).logits, first)
+        again = model(ask(part, y[[2, 2, 0], :1], cache=cache)).logits
+        close(again[:2], model(ask(part, torch.cat([x[2], y[2, :1], y[2, :1]])[None])).logits[0, -1].expand(2, 1, -1))
+        close(again[2, 0], model(ask(part, torch.cat([x[0], y[0], y[0, :1], y[0, :1]])[None])).logits[0, -1])
+        close(model(ask(part, y, cache=fork)).logits, first)
 
 
 @every_part
 def test_padding_packing_and_batch_mates_change_nothing(part):
     model, x = tiny(host(part)), tokens(4, 12)
     segments = segments_of(LENGTHS, 12)
-    together = model(Inputs(x, segments=segments)).logits
+    together = model(ask(part, x, segments=segments)).logits
     assert together.isfinite().all()
     for row in range(4):
         for document in range(int(segments[row].max()) + 1):
             at = (segments[row] == document).nonzero()[:, 0]
             if len(at):
-                close(together[row, at], model(x[row, at][None]).logits[0])
+                close(together[row, at], model(ask(part, x[row, at][None])).logits[0])
 
 
 @every_part
@@ -120,14 +121,14 @@ def test_packed_gradients_equal_those_of_each_document_alone(part, causal):
     model, x = tiny(host(part, causal=causal)), tokens(4, 12)
     segments = segments_of(LENGTHS, 12)
     weight = torch.randn(4, 12, VOCAB) * (segments >= 0)[..., None]
-    (model(Inputs(x, segments=segments)).logits * weight).sum().backward()
+    (model(ask(part, x, segments=segments)).logits * weight).sum().backward()
     packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     for row in range(4):
         for document in segments[row].unique().tolist():
             at = (segments[row] == document).nonzero()[:, 0]
             if document >= 0:
-                (model(x[row, at][None]).logits[0] * weight[row, at]).sum().backward()
+                (model(ask(part, x[row, at][None])).logits[0] * weight[row, at]).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.isfinite().all()
         close(packed[name], parameter.grad, 1e-4)
@@ -137,12 +138,12 @@ def test_packed_gradients_equal_those_of_each_document_alone(part, causal):
 def test_keep_selects_the_same_logits(part):
     model, x = tiny(host(part)), tokens(3, 7)
     segments = segments_of([[7], [4], [2, 3]], 7)
-    full = model(Inputs(x, segments=segments))
-    last = model(Inputs(x, segments=segments), keep="last")
+    full = model(ask(part, x, segments=segments))
+    last = model(ask(part, x, segments=segments), keep="last")
     close(last.logits, full.logits[[0, 1, 2], [6, 3, 4]])
     selector = segments == 0
-    close(model(Inputs(x, segments=segments), keep=selector).logits, full.logits[selector])
-    assert model(Inputs(x, segments=segments), keep="none").logits is None
+    close(model(ask(part, x, segments=segments), keep=selector).logits, full.logits[selector])
+    assert model(ask(part, x, segments=segments), keep="none").logits is None
     assert torch.equal(last.hidden, full.hidden)
 
 
@@ -150,12 +151,16 @@ def test_keep_selects_the_same_logits(part):
 def test_every_backend_gives_the_same(part):
     model, x = tiny(host(part)), tokens(4, 12)
     segments = segments_of(LENGTHS, 12)
-    for inputs in (Inputs(x), Inputs(x, segments=segments)):
+    for inputs in (ask(part, x), ask(part, x, segments=segments)):
         use_backend(model, "eager")
         expected = model(inputs).logits[segments >= 0]
+        done = set()
         for name in backends.names():
             use_backend(model, name)
-            close(model(inputs).logits[segments >= 0], expected)
+            with suppress(ConfigError):  # a backend may refuse what it cannot do
+                close(model(inputs).logits[segments >= 0], expected)
+                done.add(name)
+        assert done >= {"native", "auto"}
 
 
 @every_part
@@ -166,7 +171,7 @@ def test_build_draws_nothing_and_leaves_nothing_on_meta(part):
     model = initialize(build(spec, device="cpu"), seed=3)
     again = initialize(build(spec, device="cpu"), seed=3)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert model(tokens(1, 4)).logits.isfinite().all()
+    assert model(ask(part, tokens(1, 4))).logits.isfinite().all()
     assert sum(p.numel() for p in meta.parameters()) == sum(p.numel() for p in model.parameters())
 
 
@@ -174,10 +179,10 @@ def test_build_draws_nothing_and_leaves_nothing_on_meta(part):
 def test_passes_replay(part):
     """An adapted model, rebuilt on meta from its spec and passes and filled with its tensors, is the same model."""
     model = tiny(host(part))
-    plain = model(tokens(1, 6)).logits
+    plain = model(ask(part, tokens(1, 6))).logits
     LoRA(rank=2).apply(model)
     initialize_adapter(model, seed=1)
-    close(model(tokens(1, 6)).logits, plain, 1e-6)
+    close(model(ask(part, tokens(1, 6))).logits, plain, 1e-6)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".B"):
@@ -186,8 +191,8 @@ def test_passes_replay(part):
     twin = apply_passes(build(host(part)), replayed)
     missing = twin.load_state_dict(model.state_dict(), assign=True)
     assert not missing.missing_keys and not missing.unexpected_keys
-    assert torch.equal(twin.eval()(tokens(1, 6)).logits, model(tokens(1, 6)).logits)
-    assert not torch.equal(plain, model(tokens(1, 6)).logits)
+    assert torch.equal(twin.eval()(ask(part, tokens(1, 6))).logits, model(ask(part, tokens(1, 6))).logits)
+    assert not torch.equal(plain, model(ask(part, tokens(1, 6))).logits)
 
 
 def test_every_registered_part_is_here():

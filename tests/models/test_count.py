@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.tiny import host, parts, segments_of, tiny, tokens
+from tests.tiny import ask, host, parts, segments_of, tiny, tokens
 from trivium.adapt.lora import LoRA
 from trivium.core.spec import Part
 from trivium.models import count
@@ -30,21 +30,21 @@ def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place})
 
 
-def counted(model: TransformerModel, segments: torch.Tensor) -> tuple[int, int]:
+def counted(model: TransformerModel, segments: torch.Tensor, part: Part | None = None) -> tuple[int, int]:
     """Forward and backward as torch counts them; logits at every second place."""
     use_backend(model, "eager")  # CPU flash attention is not counted by torch
     keep = torch.zeros_like(segments, dtype=torch.bool)
     keep[:, ::2] = True
     with counter() as mode:
-        out = model(Inputs(tokens(*segments.shape), segments=segments), keep=keep)
+        out = model(ask(part, tokens(*segments.shape), segments=segments), keep=keep)
     forward = mode.get_total_flops()
     with counter() as mode:
         out.logits.square().sum().backward()
     return forward, mode.get_total_flops()
 
 
-def ours(model: TransformerModel, segments: torch.Tensor) -> count.Flops:
-    return count.flops(model, segments, kept=segments[:, ::2].numel())
+def ours(model: TransformerModel, segments: torch.Tensor, part: Part | None = None) -> count.Flops:
+    return count.flops(model, segments, kept=segments[:, ::2].numel(), memory=ask(part, torch.zeros_like(segments)).memory)
 
 
 BATCHES = {"packed": [[9, 3], [-2, 10], [5, 5, 2]], "full": [[12], [12]]}
@@ -54,10 +54,11 @@ BATCHES = {"packed": [[9, 3], [-2, 10], [5, 5, 2]], "full": [[12], [12]]}
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_flops_of_every_part(spec, rows):
+    part = spec if isinstance(spec, Part) else None
     model = tiny(host(spec) if isinstance(spec, Part) else spec)
     segments = segments_of(rows, 12)
-    forward, backward = counted(model, segments)
-    found = ours(model, segments)
+    forward, backward = counted(model, segments, part)
+    found = ours(model, segments, part)
     assert found.forward == pytest.approx(forward, rel=0.01)
     assert found.backward == pytest.approx(backward, rel=0.01)
 

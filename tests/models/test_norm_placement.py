@@ -19,7 +19,7 @@ from tests.tiny import host, redraw, tiny, tokens
 from trivium.models.block import Block, Layer
 from trivium.models.transformer import Transformer, build, initialize
 from trivium.nn.activations import GELU, ReLU
-from trivium.nn.attention import Attention
+from trivium.nn.attention import Attention, Place
 from trivium.nn.feedforward import MLP
 from trivium.nn.inputs import Inputs
 from trivium.nn.norms import RMS
@@ -73,7 +73,7 @@ def test_pre_and_post_are_torchs(norm_first, activation):
         norm=LayerNorm(eps=1e-3),
         norm_at="pre" if norm_first else "post",
     )
-    layer, state = block.build(24, 0), theirs.state_dict()
+    layer, state = block.build(24, Place()), theirs.state_dict()
     for leaf in ("weight", "bias"):
         for part, rows in zip("qkv", state[f"self_attn.in_proj_{leaf}"].chunk(3), strict=True):
             state[f"{part}.{leaf}"] = rows
@@ -84,7 +84,7 @@ def test_pre_and_post_are_torchs(norm_first, activation):
         for leaf in ("weight", "bias"):
             a, b = layer.get_parameter(f"{name}.{leaf}").grad, theirs.get_parameter(f"{other}.{leaf}").grad
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    other_place = Block(**{**dict(block), "norm_at": "post" if norm_first else "pre"}).build(24, 0)
+    other_place = Block(**{**dict(block), "norm_at": "post" if norm_first else "pre"}).build(24, Place())
     other_place.load_state_dict(layer.state_dict())
     x = draw(2, 9, 24)
     assert (run(other_place, x, causal=False) - theirs(x)).abs().max() > 0.1
@@ -118,7 +118,7 @@ def test_reordered_is_olmo2s():
     theirs, call = transformers_layer(Olmo2DecoderLayer, config, x)
     theirs.self_attn.q_norm = theirs.self_attn.k_norm = nn.Identity()
     attention = Attention(heads=4, kv_heads=2, head_dim=6, position=Rope(base=100.0))
-    layer = Block(mixer=attention, ffn=MLP(hidden=40), norm=RMS(eps=1e-3, round_first=False), norm_at="reordered").build(24, 0)
+    layer = Block(mixer=attention, ffn=MLP(hidden=40), norm=RMS(eps=1e-3, round_first=False), norm_at="reordered").build(24, Place())
     load(layer, theirs.state_dict(), {**LLAMA_NAMES, "mixer_norm": "post_attention_layernorm", "ffn_norm": "post_feedforward_layernorm"})
     same_with_gradients(lambda y: run(layer, y, causal=True), call, x, atol=1e-5)
 
@@ -136,7 +136,7 @@ def test_sandwich_is_gemma2s():
         norm=RMS(eps=1e-3, offset=1.0, round_first=False),
         norm_at="sandwich",
     )
-    layer = block.build(24, 0)
+    layer = block.build(24, Place())
     norms = {
         "mixer_norm": "input_layernorm",
         "mixer_out_norm": "post_attention_layernorm",
@@ -151,7 +151,7 @@ def test_deep_norm_is_post_with_a_smaller_branch():
     """norm(alpha x + f(x)) = norm(x + f(x) / alpha), as a norm does not see scale (eps aside)."""
     alpha = 2.5
     block = Block(mixer=Attention(heads=4, kv_heads=2, head_dim=6), ffn=MLP(hidden=40), norm=LayerNorm(eps=1e-12), norm_at="post")
-    layer = redraw(block.replace(residual=Plain(scale=1 / alpha)).build(24, 0))
+    layer = redraw(block.replace(residual=Plain(scale=1 / alpha)).build(24, Place()))
     x = draw(2, 9, 24)
     step = Step.begin(Inputs(torch.zeros(2, 9, dtype=torch.int64)), causal=True)
     middle = layer.mixer_norm(alpha * x + layer.mixer(x, step, step.handle(0)))

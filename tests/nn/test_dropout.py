@@ -97,7 +97,7 @@ def test_attention_weights_are_dropped_before_they_meet_the_values():
     q, k = (torch.randn(2, 4, 9, 6, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     step = Step.begin(Inputs(tokens(2, 9)), causal=True)
     torch.manual_seed(3)
-    out = attend(q, k, torch.ones_like(k), step.view(window=None), scale=0.4, backend="auto", dropout=0.5)
+    out = attend(q, k, torch.ones_like(k), step.view(), scale=0.4, backend="auto", dropout=0.5)
     torch.manual_seed(3)
     weights = F.dropout(eager_weights(q, k, scale=0.4, causal=True, mask=None), 0.5)
     torch.testing.assert_close(out, weights.sum(-1, keepdim=True).expand_as(out))

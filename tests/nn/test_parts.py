@@ -15,7 +15,7 @@ from trivium.models.block import Block
 from trivium.models.presets import presets
 from trivium.models.transformer import Transformer, build, initialize
 from trivium.nn.activations import SiLU, Swish, silu_times
-from trivium.nn.attention import Attention
+from trivium.nn.attention import Attention, Place
 from trivium.nn.embeddings import Tokens
 from trivium.nn.feedforward import MLP
 from trivium.nn.heads import LMHead
@@ -132,7 +132,8 @@ def test_rotary_equals_transformers(scaling, parameters):
     )
     q, k = draw(2, 6, 40, 32), draw(2, 2, 40, 32, seed=1)
     step = step_for(40)
-    ours = Rope(base=500.0, scaling=scaling).apply(q, k, step)
+    rope = Rope(base=500.0, scaling=scaling)
+    ours = [rope.turn(x, step) for x in (q, k)]
     theirs = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(config)(q, step.positions))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -145,7 +146,7 @@ def test_rotary_scores_depend_on_distance_alone_and_keep_lengths():
 
     def score(m: int, n: int) -> float:
         at = [Step.begin(Inputs(zeros, positions=torch.tensor([[p]])), causal=True) for p in (m, n)]
-        turned_q, turned_k = rope.apply(q, k, at[0])[0], rope.apply(q, k, at[1])[1]
+        turned_q, turned_k = rope.turn(q, at[0]), rope.turn(k, at[1])
         torch.testing.assert_close(turned_q.norm(), q.norm())
         return (turned_q * turned_k).sum().item()
 
@@ -186,14 +187,15 @@ def test_tied_head_shares_storage_and_sums_gradients():
 @pytest.mark.parametrize("norm_at", ["pre", "post"])
 def test_the_residual_stream_is_a_sum(norm_at):
     block = Block(mixer=Attention(heads=2, kv_heads=1, head_dim=4), ffn=MLP(hidden=12), norm=RMS(), norm_at=norm_at)
-    layer = redraw(block.build(8, 0))
+    layer = redraw(block.build(8, Place()))
     x, step = draw(2, 5, 8), step_for(5, 2)
     mixed = layer.mixer(layer.mixer_norm(x) if norm_at == "pre" else x, step, step.handle(0))
     middle = x + mixed if norm_at == "pre" else layer.mixer_norm(x + mixed)
     worked = layer.ffn(layer.ffn_norm(middle) if norm_at == "pre" else middle, step)
     expected = middle + worked if norm_at == "pre" else layer.ffn_norm(middle + worked)
     torch.testing.assert_close(layer(x, step), expected)
-    assert torch.equal(Plain(scale=0.5).join(x, mixed), x + 0.5 * mixed) and NoResidual().join(x, mixed) is mixed
+    assert torch.equal(Plain(scale=0.5).build(8).write(x, mixed, None), x + 0.5 * mixed)
+    assert NoResidual().build(8).write(x, mixed, None) is mixed
     with torch.no_grad():
         layer.mixer.out.weight.zero_()
         layer.ffn.out.weight.zero_()
@@ -235,7 +237,7 @@ def test_layers_shorthand_and_spec_errors():
             spec(bad)
     with pytest.raises(ValueError, match="no layer uses it"):
         spec("a", a=block, b=block)
-    with pytest.raises(ValueError, match="a mixer, an ffn, or both"):
+    with pytest.raises(ValueError, match="a mixer, a cross, an ffn, or several"):
         Block()
     with pytest.raises(ValueError, match="must be a multiple"):
         Attention(heads=3, kv_heads=2, head_dim=4)

@@ -1,7 +1,8 @@
-"""A block: a mixer and a feed-forward part, each with its norm and its way back into the residual stream."""
+"""A block: a mixer, a reader of memory and a feed-forward part, each with its norm and its way into the residual stream."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Self
 
 import torch.nn.functional as F
@@ -9,12 +10,12 @@ from pydantic import Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
 from ..core.spec import Spec
-from ..nn.attention import Mixer
+from ..nn.attention import Mixer, MixerModule, Place
 from ..nn.feedforward import FFN
+from ..nn.keepers import State
 from ..nn.norms import RMS, Norm
-from ..nn.residual import Plain, Residual
+from ..nn.residual import Join, Plain, Residual
 from ..nn.step import Step
-from ..nn.store import State
 
 
 class Block(Spec):
@@ -23,73 +24,93 @@ class Block(Spec):
     `norm_at`: `pre`, x + f(norm(x)); `post`, norm(x + f(x)) (arXiv:2002.04745), which with a residual scale of 1/alpha is
     DeepNorm (arXiv:2203.00555); `reordered`, x + norm(f(x)) (OLMo 2, arXiv:2501.00656); `sandwich`, x + norm(f(norm(x)))
     with two norms (arXiv:2105.13290, Gemma 2).
+    `parallel`: mixer and feed-forward part read the same norm of the stream, and one sum of both joins it (GPT-J, PaLM,
+    arXiv:2204.02311).
     """
 
     mixer: SerializeAsAny[Mixer] | None = Field(None, description="what mixes positions")
+    cross: SerializeAsAny[Mixer] | None = Field(None, description="what reads the memory, such as an encoder's output")
     ffn: SerializeAsAny[FFN] | None = Field(None, description="what works on each position alone")
     norm: SerializeAsAny[Norm] = Field(RMS(), description="the norm of each sublayer")
     norm_at: Literal["pre", "post", "reordered", "sandwich"] = Field("pre", description="where the norms stand")
+    parallel: bool = Field(False, description="mixer and ffn side by side, on one norm")
     residual: SerializeAsAny[Residual] = Field(Plain(), description="how a sublayer's output joins the stream")
     dropout: float = Field(0.0, ge=0, lt=1, description="chance of a channel of a sublayer's output to be dropped, in training")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.mixer is None and self.ffn is None:
-            raise ValueError("a block needs a mixer, an ffn, or both")
+        if self.mixer is None and self.cross is None and self.ffn is None:
+            raise ValueError("a block needs a mixer, a cross, an ffn, or several of them")
+        if self.parallel and (self.mixer is None or self.ffn is None or self.cross is not None or self.norm_at != "pre"):
+            raise ValueError("a parallel block has a mixer, an ffn and no cross, and its norm_at is pre")
         return self
 
-    def build(self, dim: int, index: int) -> Layer:
-        return Layer(self, dim, index)
+    def build(self, dim: int, place: Place) -> Layer:
+        return Layer(self, dim, place)
 
 
 class Layer(nn.Module):
-    """A built block at its place: `index` is the layer's number in the whole model."""
+    """A built block at its `place` in the whole model. Sublayers are called `mixer`, `cross` and `ffn`; each one's norms and
+    way into the stream bear its name."""
 
-    def __init__(self, spec: Block, dim: int, index: int):
+    def __init__(self, spec: Block, dim: int, place: Place):
         super().__init__()
-        self.spec, self.index = spec, index
-        if spec.mixer is not None:
-            self.mixer_norm = spec.norm.build(dim)
-            self.mixer = spec.mixer.build(dim)
+        self.spec, self.index = spec, place.index
+        for name, part in (("mixer", spec.mixer), ("cross", spec.cross), ("ffn", spec.ffn)):
+            if part is None:
+                continue
+            if not (spec.parallel and name == "ffn"):
+                self.add_module(f"{name}_norm", spec.norm.build(dim))
+                self.add_module(f"{name}_join", spec.residual.build(dim))
+            self.add_module(name, part.build(dim))
             if spec.norm_at == "sandwich":
-                self.mixer_out_norm = spec.norm.build(dim)
-        if spec.ffn is not None:
-            self.ffn_norm = spec.norm.build(dim)
-            self.ffn = spec.ffn.build(dim)
-            if spec.norm_at == "sandwich":
-                self.ffn_out_norm = spec.norm.build(dim)
+                self.add_module(f"{name}_out_norm", spec.norm.build(dim))
+        for mixer in self.mixers().values():
+            mixer.settle(place)
+
+    def mixers(self) -> dict[str, MixerModule]:
+        """The sublayers that may keep state: mixer and cross, where they are there."""
+        return {name: module for name, module in self._modules.items() if isinstance(module, MixerModule)}
 
     def state(self) -> State:
-        return self.mixer.state() if self.spec.mixer is not None else {}
+        """What a store keeps for this layer; entries of the cross bear its name."""
+        return {
+            name if part == "mixer" else f"{part}.{name}": entry for part, m in self.mixers().items() for name, entry in m.state().items()
+        }
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """[B, T, C] -> [B, T, C]."""
         return self.feed(self.mix(x, step), step)
 
     def mix(self, x: Tensor, step: Step) -> Tensor:
-        """The first half: what mixes positions."""
+        """The first half: what mixes positions, and what reads the memory. All of a parallel block."""
         if self.spec.mixer is not None:
-            y = self.mixer(self._before(x, self.mixer_norm), step, step.handle(self.index))
-            x = self._after(x, y, self.mixer_out_norm if self.spec.norm_at == "sandwich" else self.mixer_norm)
+            x = self._sublayer("mixer", x, lambda y: self.mixer(y, step, step.handle(self.index)), step)
+        if self.spec.cross is not None:
+            x = self._sublayer("cross", x, lambda y: self.cross(y, step, step.handle(self.index, prefix="cross.")), step)
         return x
 
     def feed(self, x: Tensor, step: Step) -> Tensor:
         """The second half: what works on each position alone."""
-        if self.spec.ffn is not None:
-            y = self.ffn(self._before(x, self.ffn_norm), step)
-            x = self._after(x, y, self.ffn_out_norm if self.spec.norm_at == "sandwich" else self.ffn_norm)
+        if self.spec.ffn is not None and not self.spec.parallel:
+            x = self._sublayer("ffn", x, lambda y: self.ffn(y, step), step)
         return x
 
-    def _before(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """What a sublayer is given."""
-        return norm(x) if self.spec.norm_at in ("pre", "sandwich") else x
-
-    def _after(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
-        """The stream x with a sublayer's output y in it."""
-        spec = self.spec
-        if spec.norm_at in ("reordered", "sandwich"):
+    def _sublayer(self, name: str, x: Tensor, run: Callable[[Tensor], Tensor], step: Step) -> Tensor:
+        """The stream x with what the sublayer `name` makes of it."""
+        spec, norm, join = self.spec, self._modules[f"{name}_norm"], self._modules[f"{name}_join"]
+        assert norm is not None and isinstance(join, Join)
+        y, read = join.read(x)
+        if spec.norm_at in ("pre", "sandwich"):
             y = norm(y)
+        y = run(y) + self.ffn(y, step) if spec.parallel else run(y)
+        if spec.norm_at == "reordered":
+            y = norm(y)
+        elif spec.norm_at == "sandwich":
+            out_norm = self._modules[f"{name}_out_norm"]
+            assert out_norm is not None
+            y = out_norm(y)
         if spec.dropout:
             y = F.dropout(y, spec.dropout, self.training)
-        x = spec.residual.join(x, y)
+        x = join.write(x, y, read)
         return norm(x) if spec.norm_at == "post" else x

@@ -7,7 +7,6 @@ torch's FlopCounterMode; attention is counted as its naive statement, gradients 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -18,10 +17,10 @@ from ..nn.adapted import AdaptedLinear, LowRank
 from ..nn.attention import MixerModule
 from ..nn.heads import LanguageHead
 from ..nn.inputs import Inputs
+from ..nn.keepers import Slots
 from ..nn.linear import Linear, Projections
 from ..nn.products import Product
 from ..nn.step import Step
-from ..nn.store import Slots
 from .block import Layer
 from .checkpointing import Recompute
 from .transformer import TransformerModel
@@ -54,10 +53,11 @@ class Flops:
         return self.forward + self.backward + self.again
 
 
-def flops(model: TransformerModel, segments: Tensor, *, kept: int) -> Flops:
+def flops(model: TransformerModel, segments: Tensor, *, kept: int, memory: Tensor | None = None) -> Flops:
     """Of one batch with `segments` [B, T] (the document of each token, -1 is padding), on the CPU. `kept`: at how many
-    places logits are computed. The backward is that of all parameters that require a gradient."""
-    step = Step.begin(Inputs(torch.zeros_like(segments), segments=segments), causal=model.spec.causal)
+    places logits are computed. `memory` [B, M, C]: what cross-attention reads. The backward is that of all parameters that
+    require a gradient."""
+    step = Step.begin(Inputs(torch.zeros_like(segments), segments=segments, memory=memory), causal=model.spec.causal)
     return _count(model, step, tokens=segments.numel(), kept=kept)
 
 
@@ -71,7 +71,13 @@ def decoding_flops(model: TransformerModel, *, held: int) -> int:
 def cache_bytes(model: TransformerModel) -> list[int]:
     """By layer: the bytes that one token of one row takes in a cache of the model's dtype."""
     states = [layer.state() for layer in model.layers if isinstance(layer, Layer)]
-    return [sum(math.prod(entry.shape) for entry in state.values()) * model.dtype.itemsize for state in states]
+    return [sum(entry.per_token(model.dtype) for entry in state.values()) for state in states]
+
+
+def state_bytes(model: TransformerModel) -> list[int]:
+    """By layer: the bytes that one row takes in a cache of the model's dtype however long it is."""
+    states = [layer.state() for layer in model.layers if isinstance(layer, Layer)]
+    return [sum(entry.constant(model.dtype) for entry in state.values()) for state in states]
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -133,8 +139,13 @@ class _Walk:
             outs = [self.visit(child, tokens, flowing=flowing) for child in module.children()]  # every one, so no generator
             return any(outs)
         flowing = flowing or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        for child in module.children():
+        for role, child in module.named_children():
             if isinstance(module, MixerModule) and isinstance(child, Projections):
+                if role == "memory":
+                    memory = self.step.inputs.memory
+                    assert memory is not None, "a model that reads a memory is counted with one"
+                    self.visit(child, memory.shape[:2].numel(), flowing=memory.requires_grad)
+                    continue
                 flows = {name: self.visit(inner, tokens, flowing=flowing) for name, inner in child.named_children()}
                 own = module.products(self.step, flows)
                 self.products += own

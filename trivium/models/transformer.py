@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.errors import unknown
 from ..core.seed import generator
 from ..core.spec import Spec
+from ..nn.attention import Place
 from ..nn.embeddings import Embed, Tokens
 from ..nn.heads import Head, LMHead
 from ..nn.inputs import Inputs, Keep, Output, as_inputs
@@ -25,7 +26,7 @@ from ..nn.step import Step
 from ..nn.store import Store
 from .block import Block
 from .checkpointing import Recompute, recomputed
-from .initialization import Place, starts
+from .initialization import Matrix, starts
 
 if TYPE_CHECKING:
     from ..core.spec import Part
@@ -102,7 +103,13 @@ class TransformerModel(nn.Module):
         self.passes: tuple[Part, ...] = ()
         self.recompute: Recompute | None = None
         self.embed = spec.embed.build(spec.vocab, spec.dim)
-        self.layers = nn.ModuleList(spec.blocks[name].build(spec.dim, index) for index, name in enumerate(spec.layers))
+        self.layers = nn.ModuleList(
+            spec.blocks[name].build(spec.dim, Place(index, spec.layers[: index + 1])) for index, name in enumerate(spec.layers)
+        )
+        for layer in self.layers:
+            for mixer in layer.mixers().values():  # type: ignore[operator]
+                if (lender := mixer.lender()) is not None:
+                    self.layers[lender].mixer.lends = True  # type: ignore[union-attr]
         self.final_norm = spec.final_norm.build(spec.dim)
         self.head = spec.head.build(spec.vocab, spec.dim)
 
@@ -114,10 +121,11 @@ class TransformerModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def forward(self, inputs: Inputs | Tensor, *, keep: Keep = "all") -> Output:
-        """See `Inputs` and `Output`. With a cache, the tokens are appended to it once all layers have run."""
+    def forward(self, inputs: Inputs | Tensor, *, keep: Keep = "all", weights: bool = False) -> Output:
+        """See `Inputs` and `Output`. With a cache, the tokens are appended to it once all layers have run. `weights`: attention
+        is computed naively and its weights are in `aux`."""
         inputs = as_inputs(inputs)
-        step = Step.begin(inputs, causal=self.spec.causal)
+        step = Step.begin(inputs, causal=self.spec.causal, weights=weights)
         x = self.run(self.embed(inputs.tokens, step), step)
         output = self.finish(x, step, keep)
         step.commit()
@@ -125,28 +133,34 @@ class TransformerModel(nn.Module):
 
     def run(self, x: Tensor, step: Step) -> Tensor:
         """All layers this module holds, [B, T, C] -> [B, T, C]."""
+        residual = self.spec.blocks[self.spec.layers[0]].residual
+        x = residual.open(x)
         if self.recompute is not None and torch.is_grad_enabled() and step.inputs.cache is None:
-            return recomputed(self.layers, x, step, self.recompute)
-        for layer in self.layers:
-            x = layer(x, step)
-        return x
+            x = recomputed(self.layers, x, step, self.recompute)
+        else:
+            for layer in self.layers:
+                x = layer(x, step)
+        return residual.close(x)
 
     def finish(self, x: Tensor, step: Step, keep: Keep) -> Output:
         """Final norm, and logits at the positions that `keep` asks for."""
         hidden = self.final_norm(x)
+        if isinstance(keep, str) and keep == "none":
+            return Output(hidden, None, step.aux)
+        chosen = hidden
         if isinstance(keep, Tensor):
-            return Output(hidden, self.head(hidden[keep], step, self.embed))
-        if keep == "none":
-            return Output(hidden, None)
-        if keep == "last":
-            return Output(hidden, self.head(last_of(hidden, step.segments), step, self.embed))
-        assert keep == "all", f"keep must be all, last, none or a selector, not {keep!r}"
-        return Output(hidden, self.head(hidden, step, self.embed))
+            chosen = hidden[keep]
+        elif keep == "last":
+            chosen = last_of(hidden, step.segments)
+        else:
+            assert keep == "all", f"keep must be all, last, none or a selector, not {keep!r}"
+        return Output(hidden, self.head(chosen, step, self.embed), step.aux)
 
-    def cache(self, rows: int, capacity: int) -> Store:
-        """An empty store for `rows` rows of up to `capacity` tokens, for this model as it stands after its passes."""
+    def cache(self, rows: int, capacity: int, *, rollback: int = 0) -> Store:
+        """An empty store for `rows` rows of up to `capacity` tokens, for this model as it stands after its passes. `rollback`: how
+        many tokens can be dropped again where layers have state of a fixed size."""
         states = [layer.state() for layer in self.layers]  # type: ignore[operator]
-        return Store(states, rows=rows, capacity=capacity, dtype=self.dtype, device=self.device)
+        return Store(states, rows=rows, capacity=capacity, dtype=self.dtype, device=self.device, rollback=rollback)
 
 
 def last_of(hidden: Tensor, segments: Tensor | None) -> Tensor:
@@ -177,7 +191,7 @@ def initialize(model: TransformerModel, *, seed: int, std: float = 0.02, start: 
                 parameter.zero_()
                 continue
             outputs, inputs = parameter.shape
-            place = Place(
+            place = Matrix(
                 inputs=inputs,
                 outputs=outputs,
                 layers=len(model.layers),

@@ -6,20 +6,40 @@ arXiv:1706.03762 (multi-head), arXiv:1911.02150 (multi-query), arXiv:2305.13245 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, Self
 
+import torch
 from pydantic import Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
+from ..core.errors import ConfigError
 from ..core.registry import Registry
 from ..core.spec import Part, Spec
-from .backends import attend, backends
-from .linear import Linear, Projections
+from .backends import NONE, Extras, attend, backends, weighted, weights_of
+from .keepers import PerToken, State
+from .linear import Linear, OwnStart, Projections
+from .norms import Norm
 from .patterns import Full, Pattern
 from .positions import Position
 from .products import Product
 from .step import Step
-from .store import Handle, PerToken, State
+from .store import Handle
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a mixer stands: its layer's number in the whole model, and the names of the blocks up to and with its own."""
+
+    index: int = 0
+    names: tuple[str, ...] = ()
+
+    def nearest(self, name: str) -> int:
+        """The number of the nearest earlier layer whose block is named so; `ConfigError` where there is none."""
+        for index in range(self.index - 1, -1, -1):
+            if self.names[index] == name:
+                return index
+        raise ConfigError(f"layer {self.index} shares with block {name!r}, but no layer before it is one", field="share", value=name)
 
 
 class Mixer(Part, registry=Registry("mixer", "trivium.nn")):
@@ -30,7 +50,20 @@ class Mixer(Part, registry=Registry("mixer", "trivium.nn")):
 
 
 class MixerModule(nn.Module):
-    """A built mixer: `mixer(x [B, T, C], step, handle) -> [B, T, C]`, and the state that it keeps for decoding."""
+    """A built mixer: `mixer(x [B, T, C], step, handle) -> [B, T, C]`, and the state that it keeps for decoding. `place` is set
+    by the layer that holds it; `backend` names the attention backend, for mixers that have attention."""
+
+    place = Place()
+    backend = "auto"
+    lends = False  # whether a later layer uses what this one computes: only then is it kept for it
+
+    def settle(self, place: Place) -> None:
+        """Learn where this mixer stands."""
+        self.place = place
+
+    def lender(self) -> int | None:
+        """The layer whose mixer this one uses; `ConfigError` where there is none."""
+        return None
 
     def state(self) -> State:
         """What a store must keep for this layer."""
@@ -45,6 +78,8 @@ class Scores(Spec):
     """How query-key products become scores."""
 
     scale: float | None = Field(None, description="what products are multiplied by; head_dim ** -0.5 if none is given")
+    softcap: float | None = Field(None, gt=0, description="scores s become c * tanh(s / c) (Gemma 2)")
+    sinks: bool = Field(False, description="each head learns the score of a key without a value that all queries see (gpt-oss)")
 
 
 class Attention(Mixer):
@@ -54,10 +89,14 @@ class Attention(Mixer):
     heads: int = Field(gt=0, description="query heads")
     kv_heads: int = Field(gt=0, description="key and value heads: equal to heads is multi-head, 1 is multi-query")
     head_dim: int = Field(gt=0, description="width of one head")
-    bias: tuple[Literal["q", "k", "v", "out"], ...] = Field((), description="which maps have a bias")
+    bias: tuple[Literal["q", "k", "v", "gate", "out"], ...] = Field((), description="which maps have a bias")
     position: SerializeAsAny[Position] | None = Field(None, description="what is done to queries and keys so that order matters")
     pattern: SerializeAsAny[Pattern] = Field(Full(), description="which positions are in reach")
+    qk_norm: SerializeAsAny[Norm] | None = Field(None, description="the norm of queries and keys, before positions (arXiv:2302.05442)")
+    qk_norm_over: Literal["head", "projection"] = Field("head", description="each head alone, or all heads together (OLMo 2)")
     scores: Scores = Field(Scores(), description="how products become scores")
+    gate: Literal["channel", "head"] | None = Field(None, description="a sigmoid of the input that multiplies what the heads give")
+    share: str | None = Field(None, description="block whose nearest earlier layer gives keys and values; this one has none of its own")
     dropout: float = Field(0.0, ge=0, lt=1, description="chance of an attention weight to be dropped, in training (by eager)")
 
     @classmethod
@@ -79,39 +118,90 @@ class AttentionMixer(MixerModule):
         super().__init__()
         self.spec = spec
         self.scale = spec.head_dim**-0.5 if spec.scores.scale is None else spec.scores.scale
-        self.backend = "auto"
-        kv = spec.kv_heads * spec.head_dim
-        self.inp = Projections(
-            q=Linear(dim, spec.heads * spec.head_dim, bias="q" in spec.bias),
-            k=Linear(dim, kv, bias="k" in spec.bias),
-            v=Linear(dim, kv, bias="v" in spec.bias),
-        )
-        self.out = Linear(spec.heads * spec.head_dim, dim, bias="out" in spec.bias)
+        wide = spec.heads * spec.head_dim
+        widths = {"q": wide} if spec.share is not None else {"q": wide, **dict.fromkeys("kv", spec.kv_heads * spec.head_dim)}
+        if spec.gate is not None:
+            widths["gate"] = wide if spec.gate == "channel" else spec.heads
+        self.inp = Projections(**{name: Linear(dim, width, bias=name in spec.bias) for name, width in widths.items()})
+        self.out = Linear(wide, dim, bias="out" in spec.bias)
+        if spec.qk_norm is not None:
+            over = {name: spec.head_dim if spec.qk_norm_over == "head" else widths[name] for name in "qk" if name in widths}
+            self.norms = nn.ModuleDict({name: spec.qk_norm.build(width) for name, width in over.items()})
+        self.sinks = Sinks(spec.heads) if spec.scores.sinks else None
+        self.table = spec.position.build(spec.heads, spec.head_dim) if spec.position is not None else None
+
+    def lender(self) -> int | None:
+        return None if self.spec.share is None else self.place.nearest(self.spec.share)
 
     def state(self) -> State:
+        if self.spec.share is not None:
+            return {}
         entry = PerToken((self.spec.kv_heads, self.spec.head_dim))
         return {"k": entry, "v": entry}
 
     def products(self, step: Step, flows: Mapping[str, bool]) -> list[Product]:
-        flops = 2 * self.spec.heads * self.spec.head_dim * step.view(window=self.spec.pattern.window).pairs
-        scores = Product(flops, left=flows["q"], right=flows["k"])
-        return [scores, Product(flops, left=scores.left or scores.right, right=flows["v"])]
+        flops = 2 * self.spec.heads * self.spec.head_dim * step.view(self.spec.pattern.reach).pairs
+        scores = Product(flops, left=flows["q"], right=flows.get("k", True))
+        return [scores, Product(flops, left=scores.left or scores.right, right=flows.get("v", True))]
 
     def forward(self, x: Tensor, step: Step, handle: Handle) -> Tensor:
-        spec, (batch, count, _) = self.spec, x.shape
-        q, k, v = (y.view(batch, count, -1, spec.head_dim).transpose(1, 2) for y in self.inp(x, step))
-        if spec.position is not None:
-            q, k = spec.position.apply(q, k, step)
-        k, v = handle.extend(k=k, v=v)
-        view = step.view(window=spec.pattern.window)
+        spec = self.spec
+        given = dict(zip(self.inp.names, self.inp(x, step), strict=True))
+        q = self._heads(given["q"], "q", step)
+        if spec.share is None:
+            k, v = self._heads(given["k"], "k", step), split_heads(given["v"], spec.head_dim)
+            k, v = handle.extend(k=k, v=v)
+            if self.lends:
+                step.hand(("kv", self.place.index), (k, v))
+        else:
+            k, v = step.handed(("kv", self.lender()))
+        mixed = self._attend(q, k, v, step).transpose(1, 2)  # [B, T, H, D]
+        if spec.gate is not None:
+            gate = given["gate"].sigmoid()
+            mixed = mixed * (gate.view(mixed.shape) if spec.gate == "channel" else gate[..., None])
+        return self.out(mixed.reshape(*x.shape[:-1], -1), step)
+
+    def _heads(self, x: Tensor, name: str, step: Step) -> Tensor:
+        """Queries or keys, [B, T, H * D] -> [B, H, T, D], normed and turned."""
+        spec = self.spec
+        if spec.qk_norm is not None and spec.qk_norm_over == "projection":
+            x = self.norms[name](x)
+        x = split_heads(x, spec.head_dim)
+        if spec.qk_norm is not None and spec.qk_norm_over == "head":
+            x = self.norms[name](x)
+        return x if spec.position is None else spec.position.turn(x, step)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        spec, view = self.spec, step.view(self.spec.pattern.reach)
+        bias = spec.position.bias(spec.heads, self.table) if spec.position is not None else None
+        sinks = self.sinks.weight if self.sinks is not None else None
+        extras = NONE if bias is None and sinks is None and spec.scores.softcap is None else Extras(spec.scores.softcap, bias, None, sinks)
+        if step.wants_weights:
+            weights = step.aux.weights[self.place.index] = weights_of(q, k, view, scale=self.scale, extras=extras)
+            return weighted(weights, v)
         dropout = spec.dropout if self.training else 0.0
-        mixed = attend(q, k, v, view, scale=self.scale, backend=self.backend, dropout=dropout)
-        return self.out(mixed.transpose(1, 2).reshape(batch, count, -1), step)
+        return attend(q, k, v, view, scale=self.scale, backend=self.backend, extras=extras, dropout=dropout)
+
+
+class Sinks(OwnStart):
+    """One score for each head."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads))
+
+    def reset(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """[B, T, H * D] -> [B, H, T, D]."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def use_backend(model: nn.Module, name: str) -> None:
     """Compute every attention layer of `model` with the backend `name`; an unknown name is an error that lists them."""
     backends.get(name)
     for module in model.modules():
-        if isinstance(module, AttentionMixer):
+        if isinstance(module, MixerModule):
             module.backend = name

@@ -1,6 +1,6 @@
 """Attention itself, softmax(q k^T * scale) v, behind one signature and several backends.
 
-`eager` states it naively and can return its weights; `native` is eager with a native softmax; `sdpa` is torch's. All take
+`eager` states it naively, and its weights can be asked for; `native` is eager with a native softmax; `sdpa` is torch's. All take
 grouped heads as they are.
 `attend` is what attention layers call: it computes documents apart, gathered into groups of like length, and tells a
 backend no more than it must know: nothing, the causal triangle, or a mask.
@@ -8,6 +8,8 @@ backend no more than it must know: nothing, the causal triangle, or a mask.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -20,77 +22,135 @@ from ..core.registry import Registry
 from ..kernels import functions, native
 from .step import Documents, View
 
+Bias = Callable[[Tensor, Tensor], Tensor]  # positions of queries [B|1, T] and keys [B|1, S] -> [B|1, H|1, T, S]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What changes scores beside their scale. `softcap`: c * tanh(score / c). `bias`: what is added to scores, a function
+    of the positions `places` of queries [B|1, T] and keys [B|1, S], so that a backend that works in tiles asks for a tile.
+    `sinks` [H]: the score of one more key that every query sees and that has no value (gpt-oss)."""
+
+    softcap: float | None = None
+    bias: Bias | None = None
+    places: tuple[Tensor, Tensor] | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def none(self) -> bool:
+        return self.softcap is None and self.bias is None and self.sinks is None
+
+
+NONE = Extras()
+
 
 class Backend(Protocol):
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
-        """q [B, H, T, D], k and v [B, K, S, D], H a multiple of K -> [B, H, T, D]. `causal`: T = S, later keys hidden.
-        `mask` [B|1, 1, T|1, S] bool, true where a key is seen. A query that sees nothing gives zeros."""
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None, extras: Extras = NONE
+    ) -> Tensor:
+        """q [B, H, T, D], k [B, K, S, D] and v [B, K, S, E], H a multiple of K -> [B, H, T, E]. `causal`: T = S, later keys
+        hidden. `mask` [B|1, 1, T|1, S] bool, true where a key is seen. A query that sees nothing gives zeros. Extras that a
+        backend cannot do are a `ConfigError`."""
         ...
 
 
 backends: Registry[Backend] = Registry("attention backend", "trivium.nn")
 
 
-def eager_weights(q: Tensor, k: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+def eager_weights(q: Tensor, k: Tensor, *, scale: float, causal: bool, mask: Tensor | None, extras: Extras = NONE) -> Tensor:
     """Attention weights [B, H, T, S] in q's dtype; rows that see nothing are zero. torch's softmax sums in float32 at least."""
     batch, heads, count, dim = q.shape
     kv_heads, slots = k.shape[1], k.shape[2]
     grouped = (q * scale).reshape(batch, kv_heads, heads // kv_heads * count, dim)
     scores = (grouped @ k.transpose(-1, -2)).view(batch, heads, count, slots)
+    if extras.softcap is not None:
+        scores = extras.softcap * torch.tanh(scores / extras.softcap)
+    if extras.bias is not None:
+        assert extras.places is not None
+        scores = scores + extras.bias(*extras.places).to(scores.dtype)
     if causal:
-        return torch.softmax(scores + torch.full((count, slots), float("-inf"), dtype=q.dtype, device=q.device).triu_(1), -1)
-    if mask is None:
-        return torch.softmax(scores, -1)
-    weights = torch.softmax(scores.masked_fill(~mask, float("-inf")), -1)
-    return weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+        scores = scores + torch.full((count, slots), float("-inf"), dtype=q.dtype, device=q.device).triu_(1)
+    elif mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if extras.sinks is not None:
+        sinks = extras.sinks.to(scores.dtype)[None, :, None, None].expand(batch, -1, count, 1)
+        return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
+    weights = torch.softmax(scores, -1)
+    return weights if mask is None or causal else weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
 
 @backends.register("eager")
-def eager(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
-    """The naive statement, products and softmax apart."""
-    return _weighted(eager_weights(q, k, scale=scale, causal=causal, mask=mask), v)
+def eager(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None, extras: Extras = NONE, dropout: float = 0.0
+) -> Tensor:
+    """The naive statement, products and softmax apart. With `dropout`, each weight is dropped with that probability, by torch's
+    global generator."""
+    weights = eager_weights(q, k, scale=scale, causal=causal, mask=mask, extras=extras)
+    return weighted(F.dropout(weights, dropout) if dropout else weights, v)
 
 
-def eager_dropping(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:
-    """`eager` with each weight dropped with probability `dropout`, by torch's global generator."""
-    return _weighted(F.dropout(eager_weights(q, k, scale=scale, causal=causal, mask=mask), dropout), v)
-
-
-def _weighted(weights: Tensor, v: Tensor) -> Tensor:
-    """weights [B, H, T, S], v [B, K, S, D] -> [B, H, T, D]."""
+def weighted(weights: Tensor, v: Tensor) -> Tensor:
+    """weights [B, H, T, S], v [B, K, S, E] -> [B, H, T, E]."""
     batch, heads, count, slots = weights.shape
     kv_heads = v.shape[1]
     return (weights.view(batch, kv_heads, -1, slots) @ v).view(batch, heads, count, -1)
 
 
 @backends.register("native")
-def products(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+def products(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None, extras: Extras = NONE) -> Tensor:
     """As eager, the causal softmax in one native pass where the library takes these tensors."""
-    if causal and scale > 0 and q.numel() and native.takes(q, k, v):
+    if causal and extras.none and scale > 0 and q.numel() and q.shape[-1] == v.shape[-1] and native.takes(q, k, v):
         return functions.causal_attention(q, k, v, scale=scale)
-    return eager(q, k, v, scale=scale, causal=causal, mask=mask)
+    return eager(q, k, v, scale=scale, causal=causal, mask=mask, extras=extras)
 
 
 @backends.register("sdpa")
-def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
-    """torch's scaled_dot_product_attention."""
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
-    if mask is not None:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None, extras: Extras = NONE) -> Tensor:
+    """torch's scaled_dot_product_attention. A bias becomes a T x S mask of numbers, sinks one more key; it has no softcap."""
+    if extras.softcap is not None:
+        raise ConfigError(
+            "torch's scaled_dot_product_attention has no softcap; use another attention backend", field="backend", value="sdpa"
+        )
+    grouped, added = q.shape[1] != k.shape[1], mask
+    if extras.bias is not None or extras.sinks is not None:
+        causal, added, k, v = False, *_added(q, k, v, causal=causal, mask=mask, extras=extras)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, is_causal=causal, scale=scale, enable_gqa=grouped)
+    if mask is not None and extras.sinks is None:
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return out
 
 
+def _added(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, mask: Tensor | None, extras: Extras) -> tuple[Tensor, Tensor, Tensor]:
+    """What is added to scores, [B|1, H|1, T, S], and keys and values with the sink's, which are zero."""
+    count, slots = q.shape[2], k.shape[2]
+    added = torch.zeros(1, 1, count, slots, dtype=q.dtype, device=q.device)
+    if extras.bias is not None:
+        assert extras.places is not None
+        added = extras.bias(*extras.places).to(q.dtype)
+    if causal:
+        mask = torch.ones(count, slots, dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        added = torch.where(mask, added, float("-inf"))
+    if extras.sinks is not None:
+        k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        sinks = extras.sinks.to(q.dtype)[None, :, None, None].expand(len(added), -1, count, 1)
+        added = torch.cat([added.expand(-1, len(extras.sinks), -1, -1), sinks], -1)
+    return added, k, v
+
+
 @backends.register("auto")
-def auto(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+def auto(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: Tensor | None, extras: Extras = NONE) -> Tensor:
     """On a CPU, plain products for few queries, and for short documents (SDPA's backward there costs several times
-    its forward; measured in benchmarks/NOTES.md); SDPA otherwise."""
+    its forward; measured in benchmarks/NOTES.md); SDPA otherwise, where it can do what is asked."""
     short = q.shape[2] <= 16 or q.shape[2] * k.shape[2] <= (512 * 512 if q.requires_grad or k.requires_grad else 256 * 256)
-    return (products if q.device.type == "cpu" and short else sdpa)(q, k, v, scale=scale, causal=causal, mask=mask)
+    run = products if extras.softcap is not None or (q.device.type == "cpu" and short) else sdpa
+    return run(q, k, v, scale=scale, causal=causal, mask=mask, extras=extras)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, view: View, *, scale: float, backend: str, dropout: float = 0.0) -> Tensor:
-    """q [B, H, T, D], k and v [B, K, S, D] -> [B, H, T, D], each query over what `view` lets it see.
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, view: View, *, scale: float, backend: str, extras: Extras = NONE, dropout: float = 0.0
+) -> Tensor:
+    """q [B, H, T, D], k [B, K, S, D] and v [B, K, S, E] -> [B, H, T, E], each query over what `view` lets it see.
 
     Only `eager` holds the weights that `dropout` drops: `auto` then means `eager`, any other backend is a `ConfigError`.
     """
@@ -102,21 +162,32 @@ def attend(q: Tensor, k: Tensor, v: Tensor, view: View, *, scale: float, backend
                 field="dropout",
                 value=dropout,
             )
-        run = partial(eager_dropping, dropout=dropout)
+        run = partial(eager, dropout=dropout)
     documents = view.documents
-    if documents is not None:
-        return _attend_documents(q, k, v, documents, run, scale=scale, causal=view.causal)
+    if documents is not None and (extras.bias is None or view.step.inputs.positions is None):
+        return _attend_documents(q, k, v, documents, run, scale=scale, causal=view.causal, extras=extras)
+    if extras.bias is not None:
+        extras = replace(extras, places=(view.step.positions, view.key_positions))
     if view.plain:
-        return run(q, k, v, scale=scale, causal=False, mask=None)
+        return run(q, k, v, scale=scale, causal=False, mask=None, extras=extras)
     if view.triangle:
-        return run(q, k, v, scale=scale, causal=True, mask=None)
-    return run(q, k, v, scale=scale, causal=False, mask=view.mask())
+        return run(q, k, v, scale=scale, causal=True, mask=None, extras=extras)
+    return run(q, k, v, scale=scale, causal=False, mask=view.mask(), extras=extras)
 
 
-def _attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, run: Backend, *, scale: float, causal: bool) -> Tensor:
+def weights_of(q: Tensor, k: Tensor, view: View, *, scale: float, extras: Extras = NONE) -> Tensor:
+    """The attention weights [B, H, T, S] that `attend` gives values by, computed naively."""
+    if extras.bias is not None:
+        extras = replace(extras, places=(view.step.positions, view.key_positions))
+    return eager_weights(q, k, scale=scale, causal=False, mask=view.mask(), extras=extras)
+
+
+def _attend_documents(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, run: Backend, *, scale: float, causal: bool, extras: Extras
+) -> Tensor:
     batch, heads, count, _ = q.shape
     q, k, v = (x.transpose(1, 2).reshape(batch * count, -1, x.shape[-1]) for x in (q, k, v))
-    gathered = [_Regroup.apply(x, documents.slots, documents.places, documents.padding) for x in (q, k, v)]
+    gathered = [gather_documents(x, documents) for x in (q, k, v)]
     outs, base = [], 0
     for group in documents.groups:
         rows, length = group.slots.shape
@@ -124,12 +195,24 @@ def _attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents, run
         mask = None
         if group.ragged and not causal:
             mask = (torch.arange(length, device=q.device) < group.lengths[:, None])[:, None, None]
-        out = run(*part, scale=scale, causal=causal, mask=mask)
+        if extras.bias is not None:
+            places = torch.arange(length, device=q.device)[None]
+            extras = replace(extras, places=(places, places))
+        out = run(*part, scale=scale, causal=causal, mask=mask, extras=extras)
         outs.append(out.transpose(1, 2).reshape(rows * length, heads, -1))
         base += rows * length
     joined = outs[0] if len(outs) == 1 else torch.cat(outs)
-    out = _Regroup.apply(joined, documents.places, documents.slots, documents.spare)
-    return out.view(batch, count, heads, -1).transpose(1, 2)
+    return scatter_documents(joined, documents).view(batch, count, heads, -1).transpose(1, 2)
+
+
+def gather_documents(x: Tensor, documents: Documents) -> Tensor:
+    """[B*T, ...] -> [sum n*L, ...]: the tokens in the order of the documents' groups."""
+    return _Regroup.apply(x, documents.slots, documents.places, documents.padding)
+
+
+def scatter_documents(x: Tensor, documents: Documents) -> Tensor:
+    """What `gather_documents` did, undone; padding gets what stands first."""
+    return _Regroup.apply(x, documents.places, documents.slots, documents.spare)
 
 
 class _Regroup(torch.autograd.Function):

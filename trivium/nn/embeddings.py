@@ -46,10 +46,16 @@ class TokenEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab, dim))
         self.positions = spec.positions.build(dim) if spec.positions is not None else None
 
-    def forward(self, tokens: Tensor, step: Step) -> Tensor:
-        spec, x = self.spec, F.embedding(tokens, self.weight)
-        if spec.scale is not None:
-            x = x * spec.scale
+    def forward(self, tokens: Tensor | None, step: Step) -> Tensor:
+        """Without tokens, the step's embeds are taken as they are, unscaled; positions are added to them too."""
+        spec = self.spec
+        if tokens is None:
+            assert step.inputs.embeds is not None
+            x = step.inputs.embeds
+        else:
+            x = F.embedding(tokens, self.weight)
+            if spec.scale is not None:
+                x = x * spec.scale
         if self.positions is not None:
             x = x + self.positions(step, x.dtype)
         return F.dropout(x, spec.dropout, self.training) if spec.dropout else x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,31 +15,84 @@ Keep = Literal["all", "last", "none"] | Tensor
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """A mask: in each row, the tokens at the first `lengths` [B] positions of each document see one another, whatever comes
+    first; the rest is as the model's causality has it (prefix language models, arXiv:1910.10683)."""
+
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
 class Inputs:
     """One batch for one forward.
 
-    `tokens` [B, T] int64. `positions` [B, T], or None: counting on from what the cache holds, from 0 at each document.
-    `segments` [B, T]: the document that each token belongs to, -1 for padding; None: one document a row and no
-    padding, decided without reading tensors. A document is one contiguous run of its row. `adapters` [B]: which of
-    the loaded adapters a row uses, -1 for the base alone; None: the one adapter there is.
+    `tokens` [B, T] int64, or `embeds` [B, T, C] in their place. `positions` [B, T], or None: counting on from what the
+    cache holds, from 0 at each document. `segments` [B, T]: the document that each token belongs to, -1 for padding;
+    None: one document a row and no padding, decided without reading tensors. A document is one contiguous run of its row.
+    `mask`: None takes the model's causality; "full": all tokens of a document see one another; or a `Prefix`.
+    `memory` [B, M, C']: what cross-attention reads, such as an encoder's output, and `memory_segments` [B, M]: -1 where
+    that is padding; with a cache they are given once. `adapters` [B]: which of the loaded adapters a row uses, -1 for the
+    base alone; None: the one adapter there is.
     """
 
-    tokens: Tensor
+    tokens: Tensor | None = None
+    embeds: Tensor | None = None
     positions: Tensor | None = None
     segments: Tensor | None = None
+    mask: Prefix | Literal["full"] | None = None
+    memory: Tensor | None = None
+    memory_segments: Tensor | None = None
     cache: Store | None = None
     adapters: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shape = self.tokens.shape
-        if self.tokens.dim() != 2 or self.tokens.dtype != torch.int64:
-            raise ValueError(f"tokens must be [B, T] int64, got {list(shape)} {self.tokens.dtype}")
+        if (self.tokens is None) == (self.embeds is None):
+            raise ValueError("give tokens [B, T] or embeds [B, T, C], one of the two")
+        if self.tokens is not None and (self.tokens.dim() != 2 or self.tokens.dtype != torch.int64):
+            raise ValueError(f"tokens must be [B, T] int64, got {list(self.tokens.shape)} {self.tokens.dtype}")
+        if self.embeds is not None and self.embeds.dim() != 3:
+            raise ValueError(f"embeds must be [B, T, C], got {list(self.embeds.shape)}")
         for name in ("positions", "segments"):
             value = getattr(self, name)
-            if value is not None and value.shape != shape:
-                raise ValueError(f"{name} must be {list(shape)} like tokens, got {list(value.shape)}")
-        if self.adapters is not None and self.adapters.shape != shape[:1]:
-            raise ValueError(f"adapters must be [{shape[0]}], one a row, got {list(self.adapters.shape)}")
+            if value is not None and value.shape != self.shape:
+                raise ValueError(f"{name} must be {list(self.shape)} like the tokens, got {list(value.shape)}")
+        for name, value in (("adapters", self.adapters), ("mask", self.mask.lengths if isinstance(self.mask, Prefix) else None)):
+            if value is not None and value.shape != self.shape[:1]:
+                raise ValueError(f"{name} must be [{self.shape[0]}], one a row, got {list(value.shape)}")
+        if self.memory is not None and (self.memory.dim() != 3 or len(self.memory) != self.shape[0]):
+            raise ValueError(f"memory must be [{self.shape[0]}, M, C], got {list(self.memory.shape)}")
+        if self.memory_segments is not None and (self.memory is None or self.memory_segments.shape != self.memory.shape[:2]):
+            raise ValueError("memory_segments must be [B, M] like the memory")
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, T]."""
+        if self.tokens is not None:
+            return self.tokens.shape
+        assert self.embeds is not None
+        return self.embeds.shape[:2]
+
+    @property
+    def device(self) -> torch.device:
+        given = self.tokens if self.tokens is not None else self.embeds
+        assert given is not None
+        return given.device
+
+
+@dataclass
+class Aux:
+    """What a forward gives beside its result. `weights` and `cross`: by layer, attention weights [B, H, T, S] and those over
+    the memory [B, H, T, M], where they were asked for. `terms`: by name and layer, sums over tokens that an objective may
+    train on, such as a router's balance."""
+
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    cross: dict[int, Tensor] = field(default_factory=dict)
+    terms: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def total(self, name: str) -> Tensor | None:
+        """The sum of a term over the layers; None where no layer has it."""
+        found = [value for (term, _), value in self.terms.items() if term == name]
+        return torch.stack(found).sum() if found else None
 
 
 @dataclass
@@ -49,6 +102,7 @@ class Output:
 
     hidden: Tensor
     logits: Tensor | None
+    aux: Aux = field(default_factory=Aux)
 
 
 def as_inputs(inputs: Inputs | Tensor) -> Inputs:

@@ -44,5 +44,9 @@ class Projections(nn.Module):
         for name, module in maps.items():
             self.add_module(name, module)
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._modules)
+
     def forward(self, x: Tensor, step: Step) -> list[Tensor]:
         return [module(x, step) for module in self._modules.values() if module is not None]

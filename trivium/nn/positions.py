@@ -11,12 +11,13 @@ from typing import Literal
 
 import torch
 from pydantic import Field, SerializeAsAny
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import ConfigError
 from ..core.registry import Registry
 from ..core.spec import Part
 from ..kernels import functions, native
+from .backends import Bias
 from .step import Step
 
 
@@ -67,10 +68,19 @@ class Llama3Scaling(RopeScaling):
 
 
 class Position(Part, registry=Registry("position", "trivium.nn")):
-    """Root of the positions: `apply(q, k, step)` on q [B, H, T, D] and k [B, K, T, D]."""
+    """Root of the positions inside attention: what turns queries and keys, and what is added to their scores."""
 
-    def apply(self, q: Tensor, k: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        raise AssertionError
+    def build(self, heads: int, head_dim: int) -> nn.Module | None:
+        """What is trained, for each attention layer anew; None: nothing."""
+        return None
+
+    def turn(self, x: Tensor, step: Step) -> Tensor:
+        """Queries [B, H, T, D] or keys [B, K, T, D], each by its position."""
+        return x
+
+    def bias(self, heads: int, table: nn.Module | None) -> Bias | None:
+        """What is added to scores, a function of positions; `table` is what `build` gave."""
+        return None
 
 
 class Rope(Position):
@@ -100,9 +110,9 @@ class Rope(Position):
 
         return step.memo(("rope", self, dim, dtype), build)
 
-    def apply(self, q: Tensor, k: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        cos, sin = self.tables(q.shape[-1], step, q.dtype)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+    def turn(self, x: Tensor, step: Step) -> Tensor:
+        cos, sin = self.tables(x.shape[-1], step, x.dtype)
+        return rotate(x, cos, sin)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .inputs import Inputs
-from .store import Handle, Slots, continued_positions
+from .inputs import Aux, Inputs, Prefix
+from .keepers import Slots
+from .store import Handle, continued_positions
 
 T = TypeVar("T")
 
@@ -42,102 +43,28 @@ class Documents:
     spare: Tensor | None
 
 
+class Reach(Protocol):
+    """Which positions are in reach of which, beside causality and documents (see `patterns`); hashable."""
+
+    def whole(self, length: int) -> bool:
+        """Whether everything within the first `length` positions is in reach of everything there."""
+        ...
+
+    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Bool, of positions `queries` [..., T, 1] and `keys` [..., 1, S]."""
+        ...
+
+
 @dataclass(frozen=True)
 class View:
-    """Which keys each query may see, as one attention kind sees it. Queries and keys are those of this forward's step.
-
-    `causal`: keys of later positions are hidden. `window`: keys `window` or more positions back are hidden.
+    """Which keys each query may see, as one attention kind sees it. Queries and keys are those of this forward's step, or
+    keys are in other `slots`. `causal`: keys of later positions are hidden. `reach`: what else hides keys; None: nothing.
     """
 
     step: Step
     causal: bool
-    window: int | None
-
-    @property
-    def bounded(self) -> int | None:
-        """The window, if this step is long enough for it to hide anything."""
-        return self.window if self.window is not None and self.window < self.step.slots.end else None
-
-    @property
-    def plain(self) -> bool:
-        """Every query sees every key: no mask at all."""
-        return self.step.even and self.bounded is None and (not self.causal or self.step.count == 1)
-
-    @property
-    def triangle(self) -> bool:
-        """Queries and keys are the same tokens, one document a row: the plain causal triangle."""
-        return self.step.even and self.bounded is None and self.causal and self.step.slots.start == 0
-
-    @property
-    def documents(self) -> Documents | None:
-        """The documents, where this step has any, holds nothing from before and hides nothing inside them but the future."""
-        step = self.step
-        if step.segments is None or step.slots.start:
-            return None
-        longest = step.longest
-        return step.documents if self.window is None or longest <= self.window else None
-
-    @property
-    def pairs(self) -> int:
-        """How many query-key products of one head this view takes, those that are masked or stand for padding included."""
-        if self.documents is not None:
-            return sum(group.slots.shape[0] * group.slots.shape[1] ** 2 for group in self.documents.groups)
-        batch, count = self.step.inputs.tokens.shape
-        return batch * count * self.step.slots.end
-
-    def mask(self) -> Tensor | None:
-        """[B|1, 1, T, S] bool, true where a query may see a key; None where everything is seen. The naive statement."""
-        if self.plain:
-            return None
-        return self.step.memo(("mask", self.causal, self.bounded), self._mask)
-
-    def _mask(self) -> Tensor:
-        step = self.step
-        queries, keys = step.positions[:, :, None], step.key_positions[:, None, :]
-        seen = torch.ones((), dtype=torch.bool, device=queries.device)
-        if self.causal:
-            seen = seen & (keys <= queries)
-        if self.bounded is not None:
-            seen = seen & (queries - keys < self.bounded)
-            if not self.causal:
-                seen = seen & (keys - queries < self.bounded)
-        if step.segments is not None:
-            assert step.key_segments is not None
-            seen = seen & (step.segments[:, :, None] == step.key_segments[:, None, :]) & (step.segments[:, :, None] >= 0)
-        return seen.expand(-1, step.count, step.slots.end)[:, None]
-
-
-@dataclass
-class Step:
-    """One forward. `positions` [B|1, T]; `segments` [B, T] or None; `adapters` [B] or None; `slots`: the keys."""
-
-    positions: Tensor
-    segments: Tensor | None
+    reach: Reach | None
     slots: Slots
-    adapters: Tensor | None
-    inputs: Inputs
-    causal: bool
-    _memo: dict[Hashable, Any] = field(default_factory=dict)
-
-    @staticmethod
-    def begin(inputs: Inputs, *, causal: bool) -> Step:
-        """Settle positions and segments, and reserve slots in the cache if there is one."""
-        batch, count = inputs.tokens.shape
-        positions, segments = inputs.positions, inputs.segments
-        if inputs.cache is not None:
-            slots, positions, segments = inputs.cache.begin(positions, segments, batch, count)
-        else:
-            slots = Slots(0, count, positions, segments)
-            if positions is None and segments is None:
-                positions = torch.arange(count, device=inputs.tokens.device)[None]
-            elif positions is None:
-                assert segments is not None
-                positions = continued_positions(segments)
-        return Step(positions, segments, slots, inputs.adapters, inputs, causal)
-
-    @property
-    def count(self) -> int:
-        return self.inputs.tokens.shape[1]
 
     @property
     def even(self) -> bool:
@@ -145,21 +72,134 @@ class Step:
         return self.slots.positions is None and self.slots.segments is None
 
     @property
+    def bounded(self) -> Reach | None:
+        """The reach, if this step is long enough for it to hide anything."""
+        if self.reach is None or (self.even and self.reach.whole(self.slots.end)):
+            return None
+        return self.reach
+
+    @property
+    def plain(self) -> bool:
+        """Every query sees every key: no mask at all."""
+        return self.even and self.bounded is None and (not self.causal or self.step.count == 1) and self.prefix is None
+
+    @property
+    def triangle(self) -> bool:
+        """Queries and keys are the same tokens, one document a row: the plain causal triangle."""
+        return self.even and self.bounded is None and self.causal and self.slots.start == 0 and self.prefix is None
+
+    @property
+    def prefix(self) -> Tensor | None:
+        """[B]: how many tokens of each document see one another although later ones are hidden."""
+        mask = self.step.inputs.mask
+        return mask.lengths if self.causal and isinstance(mask, Prefix) else None
+
+    @property
+    def documents(self) -> Documents | None:
+        """The documents, where this step has any, holds nothing from before and hides nothing inside them but the future."""
+        step = self.step
+        if step.segments is None or self.slots.start or self.prefix is not None:
+            return None
+        if self.reach is None or (step.inputs.positions is None and self.reach.whole(step.longest)):
+            return step.documents
+        return None
+
+    @property
+    def pairs(self) -> int:
+        """How many query-key products of one head this view takes, those that are masked or stand for padding included."""
+        if self.documents is not None:
+            return sum(group.slots.shape[0] * group.slots.shape[1] ** 2 for group in self.documents.groups)
+        batch, count = self.step.inputs.shape
+        return batch * count * self.slots.end
+
+    @property
     def key_positions(self) -> Tensor:
+        """[B|1, S]."""
         if self.slots.positions is not None:
             return self.slots.positions
         if self.slots.start == 0:
-            return self.positions
-        return self.memo("key_positions", lambda: torch.arange(self.slots.end, device=self.positions.device)[None])
+            return self.step.positions
+        return self.step.memo(
+            ("key_positions", self.slots.end), lambda: torch.arange(self.slots.end, device=self.step.positions.device)[None]
+        )
+
+    def mask(self) -> Tensor | None:
+        """[B|1, 1, T, S] bool, true where a query may see a key; None where everything is seen. The naive statement."""
+        if self.plain:
+            return None
+        own = self.slots is self.step.slots
+        return self.step.memo(("mask", self.causal, self.bounded), self._mask) if own else self._mask()
+
+    def _mask(self) -> Tensor:
+        step = self.step
+        queries, keys = step.positions[:, :, None], self.key_positions[:, None, :]
+        seen = torch.ones((), dtype=torch.bool, device=queries.device)
+        if self.causal:
+            seen = seen & (keys <= queries)
+            if self.prefix is not None:
+                within = self.prefix[:, None, None]
+                seen = seen | ((queries < within) & (keys < within))
+        if self.bounded is not None:
+            seen = seen & self.bounded.sees(queries, keys)
+        if step.segments is not None:
+            assert self.slots.segments is not None
+            seen = seen & (step.segments[:, :, None] == self.slots.segments[:, None, :]) & (step.segments[:, :, None] >= 0)
+        return seen.expand(-1, step.count, self.key_positions.shape[1])[:, None]
+
+
+@dataclass
+class Step:
+    """One forward. `positions` [B|1, T]; `segments` [B, T] or None; `adapters` [B] or None; `slots`: the keys.
+    `wants_weights`: attention is to record its weights in `aux`. `hand` and `handed` are how a layer gives a later one what
+    it computed, under a key that names the layer, so that a layer that is computed again gives the same."""
+
+    positions: Tensor
+    segments: Tensor | None
+    slots: Slots
+    adapters: Tensor | None
+    inputs: Inputs
+    causal: bool
+    aux: Aux = field(default_factory=Aux)
+    wants_weights: bool = False
+    _channel: dict[Hashable, Any] = field(default_factory=dict)
+    _memo: dict[Hashable, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def begin(inputs: Inputs, *, causal: bool, weights: bool = False) -> Step:
+        """Settle positions and segments, and reserve slots in the cache if there is one."""
+        batch, count = inputs.shape
+        positions, segments = inputs.positions, inputs.segments
+        if inputs.cache is not None:
+            slots, positions, segments = inputs.cache.begin(positions, segments, batch, count)
+        else:
+            slots = Slots(0, count, positions, segments)
+            if positions is None and segments is None:
+                positions = torch.arange(count, device=inputs.device)[None]
+            elif positions is None:
+                assert segments is not None
+                positions = continued_positions(segments)
+        return Step(positions, segments, slots, inputs.adapters, inputs, causal and inputs.mask != "full", wants_weights=weights)
 
     @property
-    def key_segments(self) -> Tensor | None:
-        return self.slots.segments
+    def count(self) -> int:
+        return self.inputs.shape[1]
+
+    @property
+    def even(self) -> bool:
+        """Positions simply count on, in one document a row, without padding."""
+        return self.slots.positions is None and self.slots.segments is None
+
+    @property
+    def memory_segments(self) -> Tensor | None:
+        """[B, M]: -1 where what cross-attention reads is padding; None: nowhere."""
+        if self.inputs.memory is None and self.inputs.cache is not None:
+            return self.inputs.cache.memory_segments
+        return self.inputs.memory_segments
 
     @property
     def documents(self) -> Documents:
         assert self.segments is not None
-        return self.memo("documents", lambda: find_documents(self.runs, *self.inputs.tokens.shape, device=self.positions.device))
+        return self.memo("documents", lambda: find_documents(self.runs, *self.inputs.shape, device=self.positions.device))
 
     @property
     def runs(self) -> np.ndarray:
@@ -179,15 +219,23 @@ class Step:
         adapters = self.adapters
         return self.memo("adapters", lambda: [(i, (adapters == i).nonzero()[:, 0]) for i in adapters.unique().tolist() if i >= 0])
 
-    def view(self, *, window: int | None) -> View:
-        return View(self, self.causal, window)
+    def view(self, reach: Reach | None = None, *, causal: bool | None = None, slots: Slots | None = None) -> View:
+        """What one attention kind sees; by default by the model's causality, over the step's own keys."""
+        return View(self, self.causal if causal is None else causal, reach, self.slots if slots is None else slots)
 
-    def handle(self, layer: int) -> Handle:
-        return self.inputs.cache.handle(layer) if self.inputs.cache is not None else Handle()
+    def hand(self, key: Hashable, value: Any) -> None:
+        self._channel[key] = value
+
+    def handed(self, key: Hashable) -> Any:
+        return self._channel[key]
+
+    def handle(self, layer: int, *, prefix: str = "") -> Handle:
+        """What a layer's mixer keeps its state through; `prefix` stands before the names of its entries."""
+        return self.inputs.cache.handle(layer, prefix) if self.inputs.cache is not None else Handle()
 
     def commit(self) -> None:
         if self.inputs.cache is not None:
-            self.inputs.cache.commit()
+            self.inputs.cache.commit(self.inputs.memory_segments)
 
     def memo(self, key: Hashable, build: Callable[[], T]) -> T:
         """`build()`, once per forward and key."""

@@ -121,7 +121,7 @@ class Mistral(Llama):
 
     def values(self, spec: Transformer) -> dict[str, Any]:
         attention, mlp = parts(self, spec)
-        return {**shared_values(spec, attention, mlp), "sliding_window": attention.pattern.window}
+        return {**shared_values(spec, attention, mlp), "sliding_window": attention.pattern.size if isinstance(attention.pattern, Window) else None}
 
 
 def shape(keys: Keys, *, pattern: Pattern = Full(), attention_bias: bool = False, mlp_bias: bool = False) -> Transformer:  # noqa: B008 - frozen
