@@ -105,6 +105,42 @@ def paired(
     )
 
 
+@dataclass(frozen=True)
+class Crossed:
+    """Ratios of sums over repeated runs and the rows that all of them saw, with what drawing both anew makes of them."""
+
+    value: float
+    draws: Array  # [R]
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """The percentile interval."""
+        low, high = np.quantile(self.draws, ((1 - level) / 2, (1 + level) / 2))
+        return Interval(self.value, float(low), float(high), level, "percentile")
+
+    def __sub__(self, other: Crossed) -> Crossed:
+        """The paired difference: draw by draw, over the same runs and rows."""
+        return Crossed(self.value - other.value, self.draws - other.draws)
+
+    def p(self) -> float:
+        """Two-sided: twice the share of draws on the lesser side of zero, each side counting one more."""
+        low, high = int((self.draws <= 0).sum()), int((self.draws >= 0).sum())
+        return min(1.0, 2 * (min(low, high) + 1) / (len(self.draws) + 1))
+
+
+def crossed(values: ArrayLike, weights: ArrayLike, *, resamples: int = 2000, seed: int = 0) -> Crossed:
+    """Sum of `values` [S, N] (S runs, of one seed each, over the same N rows) over S times the sum of `weights` [N], such as a
+    loss per token. Runs and rows are drawn with replacement, both (Owen 2007); the same `seed` draws the same ones, so
+    differences are paired. With few runs, their spread is known only roughly."""
+    data, sizes = np.asarray(values, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    if data.ndim != 2 or sizes.shape != data.shape[1:]:
+        raise DataError(f"values must be [runs, rows] and weights [rows], got {list(data.shape)} and {list(sizes.shape)}")
+    random = np.random.default_rng(seed)
+    runs = random.integers(0, data.shape[0], (resamples, data.shape[0]))
+    rows = random.integers(0, data.shape[1], (resamples, data.shape[1]))
+    draws = np.array([data[np.ix_(r, n)].sum() / (len(r) * sizes[n].sum()) for r, n in zip(runs, rows, strict=True)])
+    return Crossed(float(data.sum() / (len(data) * sizes.sum())), draws)
+
+
 def distribution(rows: Array, statistic: Statistic, *, resamples: int, seed: int) -> Array:
     """The statistic of `resamples` draws of N rows with replacement, [resamples]."""
     random = np.random.default_rng(seed)

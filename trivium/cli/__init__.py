@@ -49,6 +49,7 @@ COMMANDS = (
     Command("tokenizer encode", "trivium.cli.tokenizer:encode", "The tokens of a text."),
     Command("tokenizer inspect", "trivium.cli.tokenizer:inspect", "What a tokenizer is, and what it makes of text."),
     Command("pretrain", "trivium.cli.pretrain:pretrain", "Train a new model from text.", "trivium.recipes.pretrain:Pretrain"),
+    Command("ablate", "trivium.cli.ablate:ablate", "Exchange parts, train all variants alike, compare.", "trivium.lab.ablate:Ablate"),
     Command("plan", "trivium.cli.plan:plan", "What a run would need: memory, disk, time; and whether it fits.", "trivium.recipes.plan:Ask"),
     Command("sft", "trivium.cli.sft:sft", "Teach a model from examples (supervised fine-tuning).", "trivium.recipes.sft:SFT"),
     Command("eval run", "trivium.cli.eval:run", "Measure a model on a task.", "trivium.recipes.evaluate:Eval"),

@@ -7,6 +7,7 @@ The stream is looked up at each call, so that redirecting `sys.stderr` works.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -39,6 +40,18 @@ def layout(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 class Log:
     """Writes to stderr. One instance, `log`, serves the process."""
 
+    def __init__(self) -> None:
+        self._hushed = False
+
+    @contextmanager
+    def hushed(self) -> Iterator[None]:
+        """Inside, only warnings and errors are written: for a job that is one of many."""
+        before, self._hushed = self._hushed, True
+        try:
+            yield
+        finally:
+            self._hushed = before
+
     @property
     def color(self) -> bool:
         """Whether what is written here may be colored."""
@@ -46,7 +59,8 @@ class Log:
 
     def say(self, text: str) -> None:
         """One line, or several, in plain words."""
-        _write(text)
+        if not self._hushed:
+            _write(text)
 
     def warn(self, text: str) -> None:
         """Something that goes on but that the user should know."""
@@ -58,13 +72,13 @@ class Log:
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A titled table; cells are shown with `str`, floats with four significant digits."""
-        _write(f"{_paint(title, '1')}\n{layout(columns, rows)}")
+        self.say(f"{_paint(title, '1')}\n{layout(columns, rows)}")
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator[Progress]:
         """Shows how much of `total` units is done until the block ends."""
-        if not _terminal():
-            yield _Lines(description, total)
+        if self._hushed or not _terminal():
+            yield _Lines(description, total, last=math.inf if self._hushed else time.monotonic())
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -92,15 +106,15 @@ class Log:
 class _Lines:
     """Progress without a terminal: a line now and then, and one at the end."""
 
-    def __init__(self, description: str, total: int):
+    def __init__(self, description: str, total: int, *, last: float):
         self.description, self.total = description, total
         self.done, self.start = 0, time.monotonic()
-        self.last = self.start
+        self.last = last
 
     def advance(self, n: int = 1, **shown: object) -> None:
         self.done += n
         now = time.monotonic()
-        if self.done >= self.total or now - self.last >= PLAIN_SECONDS:
+        if now - self.last >= PLAIN_SECONDS or (self.done >= self.total and self.last < math.inf):
             self.last = now
             tail = f"  {_pairs(shown)}" if shown else ""
             _write(f"{self.description}: {self.done}/{self.total}  {now - self.start:.1f} s{tail}")

@@ -38,11 +38,9 @@ from .needs import Plan, announce, foresee, machine_rates
 from .sft import CONFIG, keep_config, loss_on
 
 
-class Pretrain(Spec):
-    """What one pretraining run is. The resolved config is saved with the run and runs it again."""
+class TextRun(Spec):
+    """Training on text, but for the model that is trained."""
 
-    preset: str | None = Field("llama-5m", description="a named shape; its vocabulary becomes the tokenizer's")
-    model: Transformer | None = Field(None, description="a shape of one's own, instead of a preset")
     tokenizer: str = Field(description="directory or tokenizer.json")
     data: tuple[str, ...] = Field(min_length=1, description="training text: files, folders or globs, or one prepared folder")
     validation: tuple[str, ...] = Field((), description="text to measure the loss on")
@@ -54,6 +52,13 @@ class Pretrain(Spec):
     schedule: SerializeAsAny[Schedule] = Field(Cosine(warmup=0.05, minimum=0.1), description="how the learning rate moves")
     train: TrainConfig = Field(TrainConfig(rows=16), description="how long and how")
     samples: tuple[str, ...] = Field((), description="texts that the model completes at each validation")
+
+
+class Pretrain(TextRun):
+    """What one pretraining run is. The resolved config is saved with the run and runs it again."""
+
+    preset: str | None = Field("llama-5m", description="a named shape; its vocabulary becomes the tokenizer's")
+    model: Transformer | None = Field(None, description="a shape of one's own, instead of a preset")
 
 
 ALIASES = {
