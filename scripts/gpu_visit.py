@@ -1,7 +1,8 @@
 """What waits for a GPU, by value: each item computes something and says what it must come to.
 
 `python scripts/gpu_visit.py` on a machine with one; `--device cpu` shows that the items themselves run. Nothing is
-downloaded. An item that fails is printed and the rest goes on; the exit status is 1 if any failed.
+downloaded. An item that fails is printed and the rest goes on; the exit status is 1 if any failed. The table of attention's speed is
+`python -m benchmarks.parts --device cuda`.
 """
 
 from __future__ import annotations
@@ -9,22 +10,29 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from trivium.adapt.lora import LoRA, initialize_adapter
+from trivium.core.errors import ConfigError, MissingExtra
 from trivium.data.batch import Batch
 from trivium.infer.generate import generate
 from trivium.infer.sampling import Sampling
 from trivium.models.presets import llama
 from trivium.models.transformer import TransformerModel, build, initialize
 from trivium.nn.attention import use_backend
-from trivium.nn.backends import backends
+from trivium.nn.backends import Extras, attend, backends
 from trivium.nn.inputs import Inputs
+from trivium.nn.patterns import Window
+from trivium.nn.step import Step
 from trivium.optim.optimizers import AdamW
 from trivium.optim.schedules import Constant
 from trivium.train.loop import TrainConfig, fit
@@ -69,13 +77,82 @@ def forward_is_the_cpus(device: torch.device) -> float:
 
 
 def backends_agree(device: torch.device) -> float:
+    """Forward; a backend that cannot do this, or is not installed, takes no part."""
     made, worst = model(device), 0.0
     use_backend(made, "eager")
     expected = made(packed(device)).logits
     for name in backends.names():
         use_backend(made, name)
-        worst = max(worst, off(made(packed(device)).logits, expected))
+        with suppress(ConfigError, MissingExtra):
+            worst = max(worst, off(made(packed(device)).logits, expected))
     return worst
+
+
+def attended(name: str, device: torch.device, dtype: torch.dtype, **asked: Any) -> list[torch.Tensor]:
+    """What a backend gives for 2 rows of 300 tokens in 8 heads over 2, causal, and the gradients of q, k, v and whatever else."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"q": (2, 8, 300, 64), "k": (2, 2, 300, 64), "v": (2, 2, 300, 64)}
+    shapes |= {"sinks": (8,)} if asked.get("sinks") else {}
+    leaves = {key: torch.randn(shape, generator=draw).bfloat16().to(device, dtype).requires_grad_() for key, shape in shapes.items()}
+    inputs = Inputs(torch.zeros(2, 300, dtype=torch.int64, device=device))
+    view = Step.begin(inputs, causal=True).view(Window(size=70) if asked.get("window") else None)
+    extras = Extras(softcap=asked.get("softcap"), sinks=leaves.get("sinks"))
+    out = attend(leaves["q"], leaves["k"], leaves["v"], view, scale=0.125, backend=name, extras=extras)
+    grad = torch.randn(out.shape, generator=draw).bfloat16().to(device, dtype)
+    return [out, *torch.autograd.grad(out, list(leaves.values()), grad)]
+
+
+ASKED: tuple[dict[str, Any], ...] = (
+    {},
+    {"window": True},
+    {"softcap": 5.0},
+    {"sinks": True},
+    {"window": True, "softcap": 5.0, "sinks": True},
+)
+
+
+def kernel_is_eager(name: str, device: torch.device) -> float:
+    """Forward and gradients, over what can be asked; what a backend refuses (flex's gradients on a CPU) counts as nothing."""
+    worst = 0.0
+    for asked in ASKED:
+        with suppress(ConfigError, MissingExtra):
+            pairs = zip(attended(name, device, torch.float32, **asked), attended("eager", device, torch.float32, **asked), strict=True)
+            worst = max(worst, *(off(ours, theirs) for ours, theirs in pairs))
+    return worst
+
+
+def kernel_beside_sdpa(name: str, device: torch.device) -> float:
+    """In bfloat16, how many times SDPA's own error (eager's, where SDPA has no softcap) is the kernel's, at most."""
+    worst = 0.0
+    for asked in ASKED:
+        with suppress(ConfigError, MissingExtra):
+            ours = attended(name, device, torch.bfloat16, **asked)
+            theirs = attended("eager" if "softcap" in asked else "sdpa", device, torch.bfloat16, **asked)
+            truth = attended("eager", device, torch.float64, **asked)
+            errors = [[((x.double() - y).norm() / y.norm()).item() for x, y in zip(side, truth, strict=True)] for side in (ours, theirs)]
+            worst = max(worst, *(mine / max(its, 1e-3) for mine, its in zip(*errors, strict=True)))
+    return worst
+
+
+def triton_seconds(device: torch.device) -> float:
+    """Of forward and backward in SDPA's, over 4096 tokens in bfloat16. Without a GPU both are run once, and nothing is timed."""
+    length, rounds = (4096, 20) if device.type == "cuda" else (64, 1)
+    inputs = Inputs(torch.zeros(2, length, dtype=torch.int64, device=device))
+    view = Step.begin(inputs, causal=True).view()
+    x = torch.randn(2, 16, length, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    def seconds(name: str) -> float:
+        start = 0.0
+        for number in range(rounds + 1):
+            if number == 1:  # the first one compiles
+                start = time.perf_counter()
+            attend(x, x, x, view, scale=0.125, backend=name).sum().backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    ours, theirs = seconds("triton"), seconds("sdpa")
+    return ours / theirs if device.type == "cuda" else 0.0
 
 
 def cached_is_full(device: torch.device) -> float:
@@ -145,6 +222,11 @@ def resumed_is_uninterrupted(device: torch.device) -> float:
 ITEMS = (
     Item("forward, packed, float32", "T01.01 T02.01 T16.01 T17.01", "deviations from the CPU's logits", 1e-4, forward_is_the_cpus),
     Item("attention backends", "T01.01 T19.01", "deviations from eager", 1e-4, backends_agree),
+    Item("triton, float32", "X.38 T19.04", "deviations from eager", 1e-4, partial(kernel_is_eager, "triton")),
+    Item("triton, bfloat16", "X.38 T19.04", "times SDPA's error", 2.0, partial(kernel_beside_sdpa, "triton")),
+    Item("flex, float32", "T19.04", "deviations from eager (0: not here)", 1e-4, partial(kernel_is_eager, "flex")),
+    Item("flash, bfloat16", "T19.04", "times SDPA's error (0: not here)", 2.0, partial(kernel_beside_sdpa, "flash")),
+    Item("triton, speed", "X.38 T19.04", "of SDPA's seconds, forward and backward (0: not timed)", 3.0, triton_seconds),
     Item("cached decoding", "T08.01", "deviations from the full forward", 1e-4, cached_is_full),
     Item(
         "answers, greedy and sampled",

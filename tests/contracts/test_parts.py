@@ -12,10 +12,14 @@ from tests.tiny import VOCAB, ask, host, parts, segments_of, tiny, tokens
 from trivium.adapt.lora import LoRA, initialize_adapter
 from trivium.adapt.passes import Pass, apply_passes
 from trivium.core.errors import ConfigError
-from trivium.core.spec import validate
+from trivium.core.seed import generator
+from trivium.core.spec import Part, exemptions, validate
 from trivium.models.transformer import Transformer, build, initialize
-from trivium.nn.attention import use_backend
+from trivium.nn.attention import Mixer, use_backend
 from trivium.nn.backends import backends
+from trivium.nn.heads import Head
+from trivium.nn.patterns import Pattern
+from trivium.nn.positions import Position
 
 PARTS = parts()
 every_part = pytest.mark.parametrize("part", [part for _, part in PARTS], ids=[name for name, _ in PARTS])
@@ -23,15 +27,22 @@ LENGTHS = [[5, 3, 4], [-2, 6, 1], [11, -1], [12]]
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5) -> None:
-    deviation = max(expected.std().item(), 1e-3) if expected.numel() > 1 else 1.0
+    deviation = max(expected.std().item(), 1e-3) if expected.unique().numel() > 1 else 1.0
     torch.testing.assert_close(actual / deviation, expected / deviation, rtol=0, atol=tolerance)
+
+
+def must(part: Part, contract: str) -> None:
+    """Skip where the part declares that it does not keep this contract."""
+    if reason := part.exempt.get(contract):
+        pytest.skip(reason)
 
 
 @every_part
 def test_shapes_and_spread(part):
     model = tiny(host(part))
     output = model(ask(part, tokens(2, 9)))
-    assert output.hidden.shape == (2, 9, 24) and output.logits.shape == (2, 9, VOCAB)
+    assert output.hidden.shape == (2, 9, 24)
+    assert output.logits.shape == (2, 9, VOCAB) or (isinstance(part, Head) and output.logits.shape[:2] == (2, 9))
     assert output.logits.std() > 0.1, "too flat a model proves nothing"
 
 
@@ -55,6 +66,7 @@ def test_nothing_leaks_from_the_future(part):
 @every_part
 @pytest.mark.parametrize("chunks", [(1,) * 12, (5, 4, 3), (7, 1, 1, 3)], ids=str)
 def test_cached_steps_equal_the_full_forward(part, chunks):
+    must(part, "cache")
     model, x = tiny(host(part)), tokens(2, 12)
     cache = model.cache(rows=2, capacity=12)
     with torch.inference_mode():
@@ -65,6 +77,7 @@ def test_cached_steps_equal_the_full_forward(part, chunks):
 
 @every_part
 def test_cached_rows_of_different_lengths(part):
+    must(part, "cache")
     model, x, y = tiny(host(part)), tokens(4, 9), tokens(4, 3, seed=5)
     lengths = [9, 1, 4, 7]
     segments = segments_of([[n] for n in lengths], 9)
@@ -79,6 +92,7 @@ def test_cached_rows_of_different_lengths(part):
 
 @every_part
 def test_rollback_fork_and_reorder(part):
+    must(part, "cache")
     model, x, y = tiny(host(part)), tokens(3, 8), tokens(3, 4, seed=7)
     cache = model.cache(rows=3, capacity=16, rollback=4)
     with torch.inference_mode():
@@ -97,13 +111,14 @@ def test_rollback_fork_and_reorder(part):
             close(ragged[row, -1], model(ask(part, full)).logits[0, -1])
         cache.reorder([2, 2, 0])
         again = model(ask(part, y[[2, 2, 0], :1], cache=cache)).logits
-        close(again[:2], model(ask(part, torch.cat([x[2], y[2, :1], y[2, :1]])[None])).logits[0, -1].expand(2, 1, -1))
+        close(again[:2], model(ask(part, torch.cat([x[2], y[2, :1], y[2, :1]])[None])).logits[0, -1].expand(again[:2].shape))
         close(again[2, 0], model(ask(part, torch.cat([x[0], y[0], y[0, :1], y[0, :1]])[None])).logits[0, -1])
         close(model(ask(part, y, cache=fork)).logits, first)
 
 
 @every_part
 def test_padding_packing_and_batch_mates_change_nothing(part):
+    must(part, "packing")
     model, x = tiny(host(part)), tokens(4, 12)
     segments = segments_of(LENGTHS, 12)
     together = model(ask(part, x, segments=segments)).logits
@@ -118,18 +133,23 @@ def test_padding_packing_and_batch_mates_change_nothing(part):
 @every_part
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed_gradients_equal_those_of_each_document_alone(part, causal):
+    must(part, "packing")
     model, x = tiny(host(part, causal=causal)), tokens(4, 12)
     segments = segments_of(LENGTHS, 12)
-    weight = torch.randn(4, 12, VOCAB) * (segments >= 0)[..., None]
-    (model(ask(part, x, segments=segments)).logits * weight).sum().backward()
-    packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    logits = model(ask(part, x, segments=segments)).logits
+    weight = torch.randn(logits.shape, generator=generator(0, "weight")) * (segments >= 0).view(4, 12, *(1,) * (logits.dim() - 2))
+    (logits * weight).sum().backward()
+    trained = {  # an indexer learns from a term of its own alone
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad and ".indexer." not in name
+    }
+    packed = {name: parameter.grad.clone() for name, parameter in trained.items()}
     model.zero_grad()
     for row in range(4):
         for document in segments[row].unique().tolist():
             at = (segments[row] == document).nonzero()[:, 0]
             if document >= 0:
                 (model(ask(part, x[row, at][None])).logits[0] * weight[row, at]).sum().backward()
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained.items():
         assert parameter.grad.isfinite().all()
         close(packed[name], parameter.grad, 1e-4)
 
@@ -155,12 +175,13 @@ def test_every_backend_gives_the_same(part):
         use_backend(model, "eager")
         expected = model(inputs).logits[segments >= 0]
         done = set()
-        for name in backends.names():
+        names = backends.names() if isinstance(part, (Mixer, Position, Pattern)) else ["auto"]
+        for name in names:
             use_backend(model, name)
             with suppress(ConfigError):  # a backend may refuse what it cannot do
                 close(model(inputs).logits[segments >= 0], expected)
                 done.add(name)
-        assert done >= {"native", "auto"}
+        assert done >= {"native", "auto"} & set(names)
 
 
 @every_part
@@ -193,6 +214,15 @@ def test_passes_replay(part):
     assert not missing.missing_keys and not missing.unexpected_keys
     assert torch.equal(twin.eval()(ask(part, tokens(1, 6))).logits, model(ask(part, tokens(1, 6))).logits)
     assert not torch.equal(plain, model(ask(part, tokens(1, 6))).logits)
+
+
+def test_what_is_not_kept_is_declared():
+    """The one table of exemptions, over all parts as they are tried here."""
+    table = {(name, contract) for name, part in PARTS for _, contract, _ in exemptions(host(part))}
+    assert table == {
+        ("ffn-moe-capacity", "cache"), ("ffn-moe-capacity", "packing"), ("ffn-moe-capacity", "flops"),
+        ("rope scaling-dynamic", "cache"), ("rope scaling-longrope", "cache"),
+    }  # fmt: skip
 
 
 def test_every_registered_part_is_here():

@@ -136,7 +136,7 @@ def test_cached_logits_equal_the_full_forward_at_each_step(kind: str) -> None:
     longest = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     segments = torch.tensor([[0] * len(row) + [-1] * (longest - len(row)) for row in rows])
-    store = model.cache(len(rows), 64)
+    store = model.cache(len(rows), 64, rollback=5)
 
     def check(logits: torch.Tensor) -> None:
         full = torch.cat([model(torch.tensor([row]), keep="last").logits for row in rows])

@@ -55,6 +55,8 @@ BATCHES = {"packed": [[9, 3], [-2, 10], [5, 5, 2]], "full": [[12], [12]]}
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_flops_of_every_part(spec, rows):
     part = spec if isinstance(spec, Part) else None
+    if isinstance(spec, Part) and "flops" in spec.exempt:
+        pytest.skip(spec.exempt["flops"])
     model = tiny(host(spec) if isinstance(spec, Part) else spec)
     segments = segments_of(rows, 12)
     forward, backward = counted(model, segments, part)

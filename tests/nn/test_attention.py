@@ -18,7 +18,8 @@ from trivium.nn.linear import Linear
 from trivium.nn.patterns import Window
 from trivium.nn.step import Step, find_documents, find_runs
 
-BACKENDS = pytest.mark.parametrize("name", backends.names())
+# flash needs a GPU, flex has no gradients without one: see test_backends.py
+BACKENDS = pytest.mark.parametrize("name", [name for name in backends.names() if name not in ("flash", "flex")])
 
 
 def draw(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
@@ -58,16 +59,8 @@ def test_backends_equal_torch_forward_and_gradients(name, heads, kv_heads, queri
 def test_gradcheck_in_double(name):
     inputs = [draw(1, 4, 3, 2, dtype=torch.float64), draw(1, 2, 5, 2, dtype=torch.float64), draw(1, 2, 5, 2, seed=9, dtype=torch.float64)]
     mask = torch.ones(1, 1, 3, 5, dtype=torch.bool).tril(2)
-    if name == "sdpa":
-        run = backends.get(name)
-        assert torch.autograd.gradcheck(
-            lambda q, k, v: run(q, k, v, scale=0.7, causal=False, mask=mask), [x.requires_grad_() for x in inputs]
-        )
-    else:  # eager's softmax is in float32 by design; its products are checked against torch's above
-        q, k, _ = inputs
-        weights = eager_weights(q, k, scale=0.7, causal=False, mask=mask)
-        expected = torch.softmax(((q.view(1, 2, 2, 3, 2) @ k[:, :, None].mT) * 0.7).view(1, 4, 3, 5).masked_fill(~mask, -torch.inf), -1)
-        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-7)
+    run = backends.get(name)
+    assert torch.autograd.gradcheck(lambda q, k, v: run(q, k, v, scale=0.7, causal=False, mask=mask), [x.requires_grad_() for x in inputs])
 
 
 @pytest.mark.concept("T01.01", part="nn/backends.py")

@@ -21,8 +21,9 @@ from trivium.nn.feedforward import MLP
 from trivium.nn.heads import LMHead
 from trivium.nn.inputs import Inputs
 from trivium.nn.norms import RMS
-from trivium.nn.positions import LinearScaling, Llama3Scaling, Rope, rotate
+from trivium.nn.positions import Rope, rotate
 from trivium.nn.residual import NoResidual, Plain
+from trivium.nn.rope_scaling import LinearScaling, Llama3Scaling
 from trivium.nn.step import Step
 from trivium.nn.store import Store
 

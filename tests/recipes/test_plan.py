@@ -186,7 +186,8 @@ def test_the_heaviest_batch_holds_the_longest_rows():
 
 
 def test_the_command(monkeypatch, capsys):
-    def load(_name, *, dtype):
+    def load(_name, *, dtype, extend):
+        assert extend is None
         model = initialize(build(SPEC, device="cpu", dtype=room.dtype(dtype)), seed=0)
         return Bundle(model=model, tokenizer=None, prompt=None, path=Path("none"))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, field_validator
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core.errors import ConfigError, TriviumError, unknown
 from ..core.seed import generator
-from ..models.transformer import TransformerModel
+from ..models.model import BuiltModel
 from ..nn.adapted import AdaptedLinear, LowRank, Sharing
 from ..nn.linear import Linear
 from .passes import Pass, linears, matches, replace_module, select
@@ -53,7 +53,7 @@ class LoRA(Pass):
     def scale(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.rsqrt else rank)
 
-    def change(self, model: TransformerModel) -> None:
+    def change(self, model: BuiltModel[Any]) -> None:
         chosen = select(model, self.targets, what=f"adapter {self.name!r}")
         for field, patterns in (("ranks", self.ranks), ("alphas", self.alphas)):
             for pattern in patterns:
@@ -77,7 +77,7 @@ class LoRA(Pass):
             self._adapt(model, maps)
         _number(model, (*adapters(model), self.name))
 
-    def _adapt(self, model: TransformerModel, maps: Mapping[str, Linear | AdaptedLinear]) -> None:
+    def _adapt(self, model: BuiltModel[Any], maps: Mapping[str, Linear | AdaptedLinear]) -> None:
         """Put an update beside each of `maps`; all of them share the first one's A."""
         leader: LowRank | None = None
         for name, module in maps.items():
@@ -110,18 +110,18 @@ def _of(patterns: Mapping[str, N], name: str, default: N) -> N:
     return patterns[hits[-1]] if hits else default
 
 
-def adapters(model: TransformerModel) -> dict[str, LoRA]:
+def adapters(model: BuiltModel[Any]) -> dict[str, LoRA]:
     """The LoRA passes on the model, by name, in order: their places are the numbers in `Inputs.adapters`."""
     return {step.name: step for step in model.passes if isinstance(step, LoRA)}
 
 
-def _number(model: TransformerModel, order: tuple[str, ...]) -> None:
+def _number(model: BuiltModel[Any], order: tuple[str, ...]) -> None:
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
             module.numbered(order)
 
 
-def updates(model: TransformerModel, name: str) -> dict[str, tuple[AdaptedLinear, LowRank]]:
+def updates(model: BuiltModel[Any], name: str) -> dict[str, tuple[AdaptedLinear, LowRank]]:
     """The linear maps that adapter `name` changes, with its update of each."""
     known = adapters(model)
     if name not in known:
@@ -135,7 +135,7 @@ def updates(model: TransformerModel, name: str) -> dict[str, tuple[AdaptedLinear
     return found
 
 
-def initialize_adapter(model: TransformerModel, name: str = "default", *, seed: int) -> None:
+def initialize_adapter(model: BuiltModel[Any], name: str = "default", *, seed: int) -> None:
     """Draw adapter `name`: A uniform, B zero. Each matrix depends on the seed and its place alone."""
     for path, (_, update) in updates(model, name).items():
         update.reset(generator(seed, name, path))
@@ -160,7 +160,7 @@ class MergeReport:
 
 
 @torch.no_grad()
-def merge(model: TransformerModel, name: str = "default", *, probe: Tensor) -> MergeReport:
+def merge(model: BuiltModel[Any], name: str = "default", *, probe: Tensor) -> MergeReport:
     """Add adapter `name` into the base weights and take its pass away. `probe` [B, T]: tokens on which the difference
     is measured. Sums are made in float32 and rounded once."""
     model.eval()
@@ -188,7 +188,7 @@ def merge(model: TransformerModel, name: str = "default", *, probe: Tensor) -> M
 
 
 @torch.no_grad()
-def unmerge(model: TransformerModel, step: LoRA, tensors: Mapping[str, Tensor]) -> None:
+def unmerge(model: BuiltModel[Any], step: LoRA, tensors: Mapping[str, Tensor]) -> None:
     """Undo a merge: subtract the updates again and put the adapter back beside the base. `tensors`: the adapter's
     parameters by their names in the model. Exact up to the rounding of the base's dtype."""
     step.apply(model)
@@ -202,7 +202,7 @@ def unmerge(model: TransformerModel, step: LoRA, tensors: Mapping[str, Tensor]) 
         weight.copy_((weight.float() - update.delta()).to(weight.dtype))
 
 
-def adapter_tensors(model: TransformerModel, name: str = "default") -> dict[str, Tensor]:
+def adapter_tensors(model: BuiltModel[Any], name: str = "default") -> dict[str, Tensor]:
     """Adapter `name`'s parameters by their names in the model."""
     return {
         f"{path}.lora.{name}.{part}": parameter

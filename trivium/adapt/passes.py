@@ -7,25 +7,28 @@ filled in. A pass that matches nothing is an error.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from torch import nn
 
 from ..core.errors import ConfigError
 from ..core.registry import Registry
 from ..core.spec import Part
-from ..models.transformer import TransformerModel
+from ..models.model import BuiltModel
 from ..nn.adapted import AdaptedLinear
 from ..nn.linear import Linear
+
+M = TypeVar("M", bound=BuiltModel[Any])
 
 
 class Pass(Part, registry=Registry("pass", "trivium.adapt")):
     """Root of the passes."""
 
-    def change(self, model: TransformerModel) -> None:
+    def change(self, model: BuiltModel[Any]) -> None:
         """Change the model's structure in place. Nothing matched is an error."""
         raise AssertionError
 
-    def apply(self, model: TransformerModel) -> TransformerModel:
+    def apply(self, model: M) -> M:
         """Change `model` in place and put this pass on its list."""
         self.change(model)
         model.train(model.training)  # what was put in follows the mode of the rest
@@ -33,7 +36,7 @@ class Pass(Part, registry=Registry("pass", "trivium.adapt")):
         return model
 
 
-def apply_passes(model: TransformerModel, passes: Iterable[Pass]) -> TransformerModel:
+def apply_passes(model: M, passes: Iterable[Pass]) -> M:
     """Replay `passes` in order."""
     for step in passes:
         step.apply(model)
@@ -59,7 +62,7 @@ def select(model: nn.Module, targets: Iterable[str] | str, *, what: str) -> dict
     an error that lists what could have been named."""
     available = linears(model)
     if targets == "all-linear":
-        chosen = {name: module for name, module in available.items() if not name.startswith("head.")}
+        chosen = {name: module for name, module in available.items() if "head" not in name.split(".")[:2]}
         if not chosen:
             raise ConfigError(f"{what}: the model has no linear map to adapt")
         return chosen

@@ -20,7 +20,7 @@ WELCOME = "Ctrl-C stops an answer, Ctrl-D leaves, /reset forgets what was said."
 
 def chat(
     *words: ModelAndText, adapter: Path | None = None, system: str | None = None, dtype: str | None = None,
-    device: str | None = None, stop: tuple[str, ...] = (), json: bool = False,
+    device: str | None = None, extend: str | None = None, stop: tuple[str, ...] = (), json: bool = False,
 ) -> int:  # fmt: skip
     """Talks with a model that knows how to (one with a chat template); without a message, it asks you for them.
 
@@ -45,6 +45,8 @@ def chat(
         What to compute in: fp32, bf16, fp16; otherwise as stored.
     device
         cpu or cuda; otherwise a GPU if there is one.
+    extend
+        Make the model's context longer: KIND:FACTOR, such as yarn:4 (linear, ntk, dynamic, yarn, none).
     stop
         A text that ends an answer, which stops before it; may be given more than once.
     json
@@ -59,7 +61,7 @@ def chat(
     from ..recipes.load import load
 
     sampling = sampled(flags, stop=stop, command=chat)
-    talk = Chat(load(model, adapter=adapter, dtype=dtype, device=device), sampling=sampling, system=system)
+    talk = Chat(load(model, adapter=adapter, dtype=dtype, device=device, extend=extend), sampling=sampling, system=system)
     if text is None:
         return _converse(talk)
     said = talk.say(text, _ignore if json else _write)

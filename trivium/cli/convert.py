@@ -8,8 +8,9 @@ from .options import answer
 
 
 def convert(
-    model: str, /, *, out: Path, dtype: str | None = None, family: str | None = None, overwrite: bool = False, json: bool = False
-) -> None:
+    model: str, /, *, out: Path, dtype: str | None = None, family: str | None = None, extend: str | None = None,
+    overwrite: bool = False, json: bool = False,
+) -> None:  # fmt: skip
     """Loads a model and writes it in Hugging Face's layout, or as one GGUF file for llama.cpp and Ollama, whole or not at all;
     prints where it is.
 
@@ -31,6 +32,8 @@ def convert(
         fp32, bf16 or fp16, and q8_0 for a GGUF file; otherwise as stored (bf16 for what comes from a GGUF file).
     family
         The model_type to write, if it can say what this model is; "trivium" always can.
+    extend
+        Make the model's context longer: KIND:FACTOR, such as yarn:4 (linear, ntk, dynamic, yarn, none).
     overwrite
         Replace what --out holds.
     json
@@ -38,5 +41,5 @@ def convert(
     """
     from ..recipes.pull import convert as run
 
-    path = str(run(model, out, dtype=dtype, family=family, overwrite=overwrite))
+    path = str(run(model, out, dtype=dtype, family=family, extend=extend, overwrite=overwrite))
     answer({"path": path} if json else path, as_json=json)

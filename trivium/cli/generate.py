@@ -11,7 +11,7 @@ from .options import ModelAndText, UsageError, answer, model_and_text, sampled
 
 def generate(
     *words: ModelAndText, adapter: Path | None = None, dtype: str | None = None, device: str | None = None,
-    stop: tuple[str, ...] = (), json: bool = False,
+    extend: str | None = None, stop: tuple[str, ...] = (), json: bool = False,
 ) -> int:  # fmt: skip
     """Continues a text as it stands, without a chat template. The text is an argument, or comes on stdin.
 
@@ -33,6 +33,8 @@ def generate(
         What to compute in: fp32, bf16, fp16; otherwise as stored.
     device
         cpu or cuda; otherwise a GPU if there is one.
+    extend
+        Make the model's context longer: KIND:FACTOR, such as yarn:4 (linear, ntk, dynamic, yarn, none).
     stop
         A text that ends the answer, which stops before it; may be given more than once.
     json
@@ -46,7 +48,7 @@ def generate(
     from ..recipes.load import load
 
     sampling = sampled(flags, stop=stop, command=generate)
-    bundle = load(model, adapter=adapter, dtype=dtype, device=device)
+    bundle = load(model, adapter=adapter, dtype=dtype, device=device, extend=extend)
     said = Answer(bundle, bundle.tokenizer.encode(text), sampling)
     said.read(lambda piece: None if json else print(piece, end="", flush=True))
     answer(said.to_dict() if json else "", as_json=json)

@@ -115,6 +115,11 @@ class Part(Spec):
             assert len(names) == 1, f"{cls.__name__}.kind must be one literal"
             cls.registry.add(names[0], cls)
 
+    @property
+    def exempt(self) -> Mapping[str, str]:
+        """The contracts of tests/contracts that this part, as it is set, does not keep, each with the reason in words."""
+        return {}
+
     @model_validator(mode="wrap")
     @classmethod
     def _find_the_member(cls, data: Any, handler: Any) -> Any:
@@ -151,6 +156,18 @@ def _plain(value: Any, *, defaults: bool) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item, defaults=defaults) for item in value]
     return value
+
+
+def exemptions(spec: Spec, path: str = "") -> list[tuple[str, str, str]]:
+    """The one table of what a spec does not keep: (path of the part, contract, reason), of all parts in it."""
+    rows = [(path, contract, reason) for contract, reason in spec.exempt.items()] if isinstance(spec, Part) else []
+    for name in type(spec).model_fields:
+        value = getattr(spec, name)
+        inner = value.items() if isinstance(value, Mapping) else [("", value)]
+        for key, item in inner:
+            if isinstance(item, Spec):
+                rows += exemptions(item, ".".join(part for part in (path, name, str(key)) if part))
+    return rows
 
 
 def validate(cls: type, data: Any, *, where: str = "") -> Any:

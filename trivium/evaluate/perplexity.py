@@ -17,6 +17,7 @@ from torch import nn
 from ..checks.metrics import Term
 from ..core.errors import ConfigError, DataError
 from ..data.rows import Record
+from ..models.context import check_length
 from .likelihood import Request, likelihoods
 from .task import Finish, Sample, Subject, Task, column, key
 
@@ -110,6 +111,8 @@ class Perplexity(Task):
             if len(documents[-1].ids) < 2:
                 raise DataError(f"{record.where}: its text has no token to predict")
         context = self.context if self.context is not None else subject.model.spec.context
+        if self.context is not None:
+            check_length(subject.model.spec.context, self.context, what="task.context: is", field="task.context")
         nlls = negative_log_likelihoods(subject.model, documents, context=context, stride=self.stride, tokens=subject.tokens)
         return [
             Sample(key(record), one.ids, terms(one, nll), {"tokens": len(one.ids) - 1, "bytes": one.bytes, "nll": nll})

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, SerializeAsAny, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..adapt.passes import Pass, apply_passes
@@ -26,9 +26,10 @@ from ..core import device as devices
 from ..core.config import diff
 from ..core.errors import ConfigError, FileError, TriviumError
 from ..core.spec import Spec, validate
-from ..models.transformer import Transformer, TransformerModel, build
+from ..models.model import BuiltModel, Model, with_kind
+from ..models.transformer import build
 from .files import atomic_directory, read_json, sha256, write_json
-from .hf import families, with_plain_names
+from .hf import families
 from .rules import backward, forward, some
 from .tensors import INDEX, SHARD_BYTES, SINGLE, Lazy, read_weights, weight_files, write_weights
 
@@ -60,12 +61,17 @@ class Record(Spec):
 
     format: Literal[1] = FORMAT
     version: str = Field(description="the version of trivium that wrote it")
-    spec: Transformer
+    spec: SerializeAsAny[Model]
     passes: tuple[SerializeAsAny[Pass], ...] = ()
     prompt: dict[str, Any] = Field({}, description="the prompt contract's settings")
     allowed: tuple[str, ...] = Field((), description="keys of config.json that the family does not know and the user allowed")
     lineage: tuple[dict[str, Any], ...] = Field((), description="what this was made from, step by step")
     files: dict[str, Mark]
+
+    @field_validator("spec", mode="before")
+    @classmethod
+    def _kind(cls, spec: Any) -> Any:
+        return with_kind(spec)
 
     @field_validator("files")
     @classmethod
@@ -80,7 +86,7 @@ class Record(Spec):
 class Loaded:
     """A model with what its directory says of it. `family` is the model_type; `rest` the keys of `config` carried along."""
 
-    model: TransformerModel
+    model: BuiltModel[Any]
     path: Path
     family: str
     config: Mapping[str, Any]
@@ -89,7 +95,7 @@ class Loaded:
     lineage: tuple[Mapping[str, Any], ...]
 
     @property
-    def spec(self) -> Transformer:
+    def spec(self) -> Any:
         return self.model.spec
 
     @property
@@ -137,7 +143,7 @@ def read(
 
 def write(
     path: Path | str,
-    model: TransformerModel,
+    model: BuiltModel[Any],
     *,
     family: str = NATIVE,
     rest: Mapping[str, Any] | None = None,
@@ -194,7 +200,7 @@ def assemble(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     allow_unknown: Collection[str] = (),
-) -> tuple[TransformerModel, dict[str, Any]]:
+) -> tuple[BuiltModel[Any], dict[str, Any]]:
     """The model that a config in Hugging Face's form and tensors by Hugging Face's names make, and the config's rest."""
     spec, rest = _read_spec(config, None, allow_unknown, trust_record=False)
     model = _frame(spec)
@@ -203,7 +209,7 @@ def assemble(
 
 
 def fill(
-    model: TransformerModel, tensors: Mapping[str, Lazy], *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    model: BuiltModel[Any], tensors: Mapping[str, Lazy], *, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> None:
     """Give every parameter of `model` (built on the meta device) the tensor of its name. `dtype` None keeps each as stored.
 
@@ -220,16 +226,18 @@ def fill(
     kinds = Counter(str(tensors[name].dtype).removeprefix("torch.") for name in wanted)
     if dtype is None and len(kinds) > 1:
         raise FileError(f"tensors are stored as {', '.join(sorted(kinds))}: choose one with dtype")
-    state = {}
-    for name in wanted:
+    filled = {}
+    for name, parameter in wanted.items():
         lazy = tensors[name] if dtype is None else tensors[name].to(dtype)
-        state[name] = lazy.load().to(device)
-    model.load_state_dict(state, strict=True, assign=True)
+        filled[parameter] = nn.Parameter(lazy.load().to(device), requires_grad=parameter.requires_grad)
+    for module in model.modules():  # one that several modules share stays one
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, filled[parameter])
     left = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
     assert not left, f"still on the meta device: {some(left)}"
 
 
-def exported(model: TransformerModel, *, family: str) -> dict[str, Tensor]:
+def exported(model: BuiltModel[Any], *, family: str) -> dict[str, Tensor]:
     """`model`'s tensors by the names, and in the form, that `family` writes them."""
     return {name: lazy.load() for name, lazy in _outward(model, family).items()}
 
@@ -300,13 +308,13 @@ def _explain(edit: Edit, config: Mapping[str, Any], record: Record | None) -> st
         now, _ = _read_spec(config, None, record.allowed, trust_record=False)
     except ConfigError as error:
         return f"{text}: {error}"
-    changes = [f"{field}: {before!r}, now {after!r}" for field, before, after in diff(with_plain_names(record.spec), now)]
+    changes = [f"{field}: {before!r}, now {after!r}" for field, before, after in diff(record.spec.with_plain_names(), now)]
     return f"{text}: {some(changes)}" if changes else f"{text}: nothing that shapes the model"
 
 
 def _read_spec(
     config: Mapping[str, Any], record: Record | None, allow_unknown: Collection[str], *, trust_record: bool
-) -> tuple[Transformer, dict[str, Any]]:
+) -> tuple[Model, dict[str, Any]]:
     kind = config.get("model_type")
     if kind == NATIVE:
         if record is None:
@@ -318,14 +326,14 @@ def _read_spec(
     family = families.get(kind, field=f"{CONFIG}.model_type")
     spec, rest = family.to_spec(config, allow_unknown=allow_unknown)
     if record is not None and trust_record:
-        if with_plain_names(record.spec) != spec:
-            rows = [f"{field}: {here!r} there, {there!r} here" for field, here, there in diff(with_plain_names(record.spec), spec)]
+        if record.spec.with_plain_names() != spec:
+            rows = [f"{field}: {here!r} there, {there!r} here" for field, here, there in diff(record.spec.with_plain_names(), spec)]
             raise FileError(f"{RECORD} and {CONFIG} disagree: {some(rows)}")
         spec = record.spec
     return spec, rest
 
 
-def _frame(spec: Transformer) -> TransformerModel:
+def _frame(spec: Model) -> BuiltModel[Any]:
     """The model on the meta device. Sizes come from a file, and torch refuses those that no memory could hold."""
     try:
         return build(spec)
@@ -333,15 +341,15 @@ def _frame(spec: Transformer) -> TransformerModel:
         raise ConfigError(f"no model of these sizes can be built: {str(error).splitlines()[0]}") from None
 
 
-def _inward(family: str, spec: Transformer, tensors: Mapping[str, Lazy]) -> Mapping[str, Lazy]:
+def _inward(family: str, spec: Model, tensors: Mapping[str, Lazy]) -> Mapping[str, Lazy]:
     """Stored tensors by our names; our own form has them already."""
-    return tensors if family == NATIVE else forward(families.get(family).rules(spec), tensors)
+    return tensors if family == NATIVE else forward(families.get(family).weight_rules(spec), tensors)
 
 
-def _outward(model: TransformerModel, family: str) -> Mapping[str, Lazy]:
+def _outward(model: BuiltModel[Any], family: str) -> Mapping[str, Lazy]:
     """The model's tensors by the names of `family`."""
     ours = {name: Lazy.of(parameter.detach()) for name, parameter in model.named_parameters()}
-    return ours if family == NATIVE else backward(families.get(family).rules(model.spec), ours)
+    return ours if family == NATIVE else backward(families.get(family).weight_rules(model.spec), ours)
 
 
 def _marks(path: Path, known: Mapping[str, str]) -> dict[str, Mark]:

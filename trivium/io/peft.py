@@ -68,7 +68,8 @@ class AdapterRecord(Spec):
 
     format: Literal[1] = 1
     version: str
-    base: str = Field(description="digest of the base's weight files")
+    base: str | None = Field(None, description="digest of the base's weight files")
+    extend: str | None = Field(None, description="how the base's context was extended when the adapter was trained, as load takes it")
 
 
 def read_config(path: Path | str) -> AdapterConfig:
@@ -150,12 +151,13 @@ def write(
     base: Path | None = None,
     base_name: str | None = None,
     revision: str | None = None,
+    extend: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write adapter `name` of `model` to directory `path`, whole or not at all, as PEFT would.
 
     `base` is the directory of the base model, whose weights are recorded; `base_name` what PEFT should load as the
-    base, that directory if nothing is said. `family` is the base's model_type.
+    base, that directory if nothing is said. `family` is the base's model_type. `extend`: how the base's context was extended.
     """
     chosen = updates(model, name)
     step = adapters(model)[name]
@@ -195,8 +197,9 @@ def write(
     with atomic_directory(Path(path), overwrite=overwrite) as partial:
         write_file(partial / WEIGHTS, tensors)
         write_json(partial / CONFIG, config)
-        if base is not None:
-            write_json(partial / RECORD, {"format": 1, **AdapterRecord(version=__version__, base=weights_digest(base)).to_dict()})
+        if base is not None or extend is not None:
+            record = AdapterRecord(version=__version__, base=None if base is None else weights_digest(base), extend=extend)
+            write_json(partial / RECORD, {"format": 1, **record.to_dict()})
 
 
 def _sites(model: TransformerModel, family: str) -> dict[str, Site]:
@@ -204,7 +207,7 @@ def _sites(model: TransformerModel, family: str) -> dict[str, Site]:
     mine = list(linears(model))
     if family == NATIVE:
         return {name: Site((name,), transposed=False) for name in mine}
-    return sites(families.get(family).rules(model.spec), mine)
+    return sites(families.get(family).weight_rules(model.spec), mine)
 
 
 @dataclass(frozen=True)
@@ -270,13 +273,21 @@ def _stored(path: Path, tensors: Mapping[str, Lazy], places: Mapping[str, Site])
     return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}
 
 
-def _check_base(path: Path, base: Path | None, *, accept: bool) -> None:
-    if base is None or accept or not (path / RECORD).exists():
-        return
+def read_record(path: Path | str) -> AdapterRecord | None:
+    """The trivium_adapter.json of the adapter in directory `path`, or None if it has none."""
+    where = Path(path) / RECORD
+    if not where.exists():
+        return None
     try:
-        record = validate(AdapterRecord, read_json(path / RECORD), where=RECORD)
+        return validate(AdapterRecord, read_json(where), where=RECORD)
     except ConfigError as error:
-        raise FileError(f"{path / RECORD}: {error}") from None
+        raise FileError(f"{where}: {error}") from None
+
+
+def _check_base(path: Path, base: Path | None, *, accept: bool) -> None:
+    record = None if base is None or accept else read_record(path)
+    if base is None or record is None or record.base is None:
+        return
     if (found := weights_digest(base)) != record.base:
         raise FileError(
             f"{path}: was trained on other base weights ({record.base[:12]}) than those in {base} ({found[:12]}); "

@@ -7,6 +7,8 @@ one is in memory at a time. What no rule knows is an error, on either side.
 
 from __future__ import annotations
 
+import copy
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ class Pattern:
     """A module name with `{placeholders}` for numbers."""
 
     def __init__(self, text: str, leaves: str = LEAVES):
-        self.text = text
+        self.text, self.leaves = text, leaves
         parts = re.split(r"\{(\w+)\}", text)
         body = "".join(re.escape(part) if k % 2 == 0 else rf"(?P<{part}>0|[1-9]\d*)" for k, part in enumerate(parts))
         self._regex = re.compile(rf"{body}(?:\.(?P<leaf>{leaves}))?")
@@ -117,6 +119,33 @@ class Split(Rule):
         return [_transposed(whole) if self.transposed else whole]
 
 
+class Interleave(Rule):
+    """As Split, where each of `groups` (heads, say) holds its own stretch of every one of ours: those of the first group come
+    first, then those of the second."""
+
+    def __init__(self, disk: str, ours: Sequence[str], *, sizes: Sequence[int], groups: int):
+        super().__init__([disk], ours)
+        self.sizes = tuple(sizes)
+        self.groups = groups
+
+    def forward(self, tensors: list[Lazy]) -> list[Lazy]:
+        (whole,) = tensors
+        if whole.shape[0] != sum(self.sizes):
+            raise FileError(f"{self.disk[0].text}: {whole.shape[0]} rows cannot be split into {self.sizes}")
+        return [whole.derive((size, *whole.shape[1:]), partial(self._part, number=k)) for k, size in enumerate(self.sizes)]
+
+    def _part(self, whole: Tensor, *, number: int) -> Tensor:
+        stretches = whole.unflatten(0, (self.groups, -1)).split([size // self.groups for size in self.sizes], 1)
+        return stretches[number].flatten(0, 1)
+
+    def backward(self, tensors: list[Lazy]) -> list[Lazy]:
+        first = tensors[0]
+        return [Lazy((sum(self.sizes), *first.shape[1:]), first.dtype, lambda: self._join([tensor.load() for tensor in tensors]))]
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], 1).flatten(0, 1)
+
+
 class Stack(Rule):
     """Several tensors of one shape on disk are one of ours, with a new first dimension."""
 
@@ -153,6 +182,36 @@ class Drop(Rule):
 
     def forward(self, tensors: list[Lazy]) -> list[Lazy]:
         return []
+
+
+class Reshape(Rule):
+    """The same numbers in another shape: `there` on disk, `here` of ours. Names are those of tensors, with their leaf."""
+
+    def __init__(self, disk: str, ours: str, *, there: Sequence[int], here: Sequence[int]):
+        super().__init__([disk], [ours])
+        self.there, self.here = tuple(there), tuple(here)
+        assert math.prod(self.there) == math.prod(self.here)
+
+    def forward(self, tensors: list[Lazy]) -> list[Lazy]:
+        if tuple(tensors[0].shape) != self.there:
+            raise FileError(f"{self.disk[0].text} is {list(tensors[0].shape)}, expected {list(self.there)}")
+        return [tensors[0].derive(self.here, lambda value: value.reshape(self.here))]
+
+    def backward(self, tensors: list[Lazy]) -> list[Lazy]:
+        return [tensors[0].derive(self.there, lambda value: value.reshape(self.there))]
+
+
+def within(rules: Iterable[Rule], *, disk: str, ours: str) -> list[Rule]:
+    """The rules of a model that is a part of another: names on disk stand behind `disk`, names of ours behind `ours`."""
+    inner = []
+    for rule in rules:
+        moved = copy.copy(rule)
+        moved.disk = tuple(Pattern(disk + pattern.text, pattern.leaves) for pattern in rule.disk)
+        moved.ours = tuple(Pattern(ours + pattern.text, pattern.leaves) for pattern in rule.ours)
+        if isinstance(moved, Drop) and moved.same_as is not None:
+            moved.same_as = disk + moved.same_as
+        inner.append(moved)
+    return inner
 
 
 @dataclass

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.spec import Spec
 from ..nn.attention import Mixer, MixerModule, Place
-from ..nn.feedforward import FFN
+from ..nn.feedforward import FFN, FFNModule
 from ..nn.keepers import State
 from ..nn.norms import RMS, Norm
 from ..nn.residual import Join, Plain, Residual
@@ -56,13 +56,18 @@ class Layer(nn.Module):
     def __init__(self, spec: Block, dim: int, place: Place):
         super().__init__()
         self.spec, self.index = spec, place.index
-        for name, part in (("mixer", spec.mixer), ("cross", spec.cross), ("ffn", spec.ffn)):
+        for number, (name, part) in enumerate((("mixer", spec.mixer), ("cross", spec.cross), ("ffn", spec.ffn))):
             if part is None:
                 continue
             if not (spec.parallel and name == "ffn"):
                 self.add_module(f"{name}_norm", spec.norm.build(dim))
-                self.add_module(f"{name}_join", spec.residual.build(dim))
-            self.add_module(name, part.build(dim))
+                join = spec.residual.build(dim)
+                join.settle(2 * place.index + min(number, 1))
+                self.add_module(f"{name}_join", join)
+            module = part.build(dim)
+            self.add_module(name, module)
+            if isinstance(module, FFNModule):
+                module.layer = place.index
             if spec.norm_at == "sandwich":
                 self.add_module(f"{name}_out_norm", spec.norm.build(dim))
         for mixer in self.mixers().values():
@@ -71,6 +76,11 @@ class Layer(nn.Module):
     def mixers(self) -> dict[str, MixerModule]:
         """The sublayers that may keep state: mixer and cross, where they are there."""
         return {name: module for name, module in self._modules.items() if isinstance(module, MixerModule)}
+
+    def _part(self, name: str) -> nn.Module:
+        module = self._modules[name]
+        assert module is not None
+        return module
 
     def state(self) -> State:
         """What a store keeps for this layer; entries of the cross bear its name."""
@@ -85,31 +95,29 @@ class Layer(nn.Module):
     def mix(self, x: Tensor, step: Step) -> Tensor:
         """The first half: what mixes positions, and what reads the memory. All of a parallel block."""
         if self.spec.mixer is not None:
-            x = self._sublayer("mixer", x, lambda y: self.mixer(y, step, step.handle(self.index)), step)
+            x = self._sublayer("mixer", x, lambda y: self._part("mixer")(y, step, step.handle(self.index)), step)
         if self.spec.cross is not None:
-            x = self._sublayer("cross", x, lambda y: self.cross(y, step, step.handle(self.index, prefix="cross.")), step)
+            x = self._sublayer("cross", x, lambda y: self._part("cross")(y, step, step.handle(self.index, prefix="cross.")), step)
         return x
 
     def feed(self, x: Tensor, step: Step) -> Tensor:
         """The second half: what works on each position alone."""
         if self.spec.ffn is not None and not self.spec.parallel:
-            x = self._sublayer("ffn", x, lambda y: self.ffn(y, step), step)
+            x = self._sublayer("ffn", x, lambda y: self._part("ffn")(y, step), step)
         return x
 
     def _sublayer(self, name: str, x: Tensor, run: Callable[[Tensor], Tensor], step: Step) -> Tensor:
         """The stream x with what the sublayer `name` makes of it."""
-        spec, norm, join = self.spec, self._modules[f"{name}_norm"], self._modules[f"{name}_join"]
-        assert norm is not None and isinstance(join, Join)
+        spec, norm, join = self.spec, self._part(f"{name}_norm"), self._part(f"{name}_join")
+        assert isinstance(join, Join)
         y, read = join.read(x)
         if spec.norm_at in ("pre", "sandwich"):
             y = norm(y)
-        y = run(y) + self.ffn(y, step) if spec.parallel else run(y)
+        y = run(y) + self._part("ffn")(y, step) if spec.parallel else run(y)
         if spec.norm_at == "reordered":
             y = norm(y)
         elif spec.norm_at == "sandwich":
-            out_norm = self._modules[f"{name}_out_norm"]
-            assert out_norm is not None
-            y = out_norm(y)
+            y = self._part(f"{name}_out_norm")(y)
         if spec.dropout:
             y = F.dropout(y, spec.dropout, self.training)
         x = join.write(x, y, read)

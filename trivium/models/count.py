@@ -8,7 +8,7 @@ torch's FlopCounterMode; attention is counted as its naive statement, gradients 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from ..nn.heads import LanguageHead
 from ..nn.inputs import Inputs
 from ..nn.keepers import Slots
 from ..nn.linear import Linear, Projections
-from ..nn.products import Product
+from ..nn.moe import Experts, MoELayer
+from ..nn.products import Multiplies, Product
+from ..nn.sparse import Aside
 from ..nn.step import Step
 from .block import Layer
 from .checkpointing import Recompute
@@ -28,16 +30,21 @@ from .transformer import TransformerModel
 
 @dataclass(frozen=True)
 class Parameters:
-    """`total` counts shared ones once; `trained` are those that require a gradient."""
+    """`total` counts shared ones once; `trained` are those that require a gradient; `active` are those that one token
+    passes through: of experts, as many as it is sent to."""
 
     total: int
     trained: int
+    active: int
 
 
 def parameters(model: nn.Module) -> Parameters:
     """Exact, whatever device the model is on."""
     found = list(model.parameters())
-    return Parameters(sum(p.numel() for p in found), sum(p.numel() for p in found if p.requires_grad))
+    total = sum(p.numel() for p in found)
+    experts = [(sum(p.numel() for p in module.parameters()), module) for module in model.modules() if isinstance(module, Experts)]
+    idle = sum(size - size * module.top_k // len(module) for size, module in experts)
+    return Parameters(total, sum(p.numel() for p in found if p.requires_grad), total - idle)
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,11 @@ def flops(model: TransformerModel, segments: Tensor, *, kept: int, memory: Tenso
     return _count(model, step, tokens=segments.numel(), kept=kept)
 
 
-def decoding_flops(model: TransformerModel, *, held: int) -> int:
-    """Of one more token of one row whose cache holds `held`."""
-    inputs = Inputs(torch.zeros(1, 1, dtype=torch.int64))
+def decoding_flops(model: TransformerModel, *, held: int, memory: Tensor | None = None) -> int:
+    """Of one more token of one row whose cache holds `held`, and what cross-attention made of `memory` [1, M, C]."""
+    inputs = Inputs(torch.zeros(1, 1, dtype=torch.int64), memory=memory)
     step = Step(torch.tensor([[held]]), None, Slots(held, held + 1, None, None), None, inputs, model.spec.causal)
-    return _count(model, step, tokens=1, kept=1).forward
+    return _count(model, step, tokens=1, kept=1, recalled=True).forward
 
 
 def cache_bytes(model: TransformerModel) -> list[int]:
@@ -84,8 +91,8 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _count(model: TransformerModel, step: Step, *, tokens: int, kept: int) -> Flops:
-    walk = _Walk(step)
+def _count(model: TransformerModel, step: Step, *, tokens: int, kept: int, recalled: bool = False) -> Flops:
+    walk = _Walk(step, recalled=recalled)
     flowing = walk.visit(model.embed, tokens, flowing=False)
     halves: list[dict[str, list[Product]]] = []
     for layer in model.layers:
@@ -95,11 +102,13 @@ def _count(model: TransformerModel, step: Step, *, tokens: int, kept: int) -> Fl
             flowing = walk.visit(child, tokens, flowing=flowing)
             halves[-1]["ffn" if name.startswith("ffn") else "mixer"] += walk.products[before:]
     flowing = walk.visit(model.final_norm, tokens, flowing=flowing)
+    if model.spec.head.reads == "documents":
+        kept = step.inputs.shape[0] if step.segments is None else len(step.runs)
     walk.visit(model.head, kept, flowing=flowing)
     if isinstance(model.head, LanguageHead) and model.head.spec.tied:
         table = model.embed.weight
         assert isinstance(table, Tensor)
-        walk.products.append(Product(2 * kept * table.numel(), flowing, table.requires_grad))
+        walk.products.append(Product(2 * kept * model.head.readings * table.numel(), flowing, table.requires_grad))
     forward, backward = sum(p.flops for p in walk.products), sum(p.backward for p in walk.products)
     return Flops(forward, backward, 0 if model.recompute is None else _again(halves, model.recompute))
 
@@ -123,8 +132,8 @@ class _Walk:
     """Collects products. Modules run in the order of their registration; those of a container of projections, and an
     adapted map's base and updates, read the same input."""
 
-    def __init__(self, step: Step):
-        self.step = step
+    def __init__(self, step: Step, *, recalled: bool):
+        self.step, self.recalled = step, recalled  # whether the cache holds what was made of the memory
         self.products: list[Product] = []
 
     def visit(self, module: nn.Module, tokens: int, *, flowing: bool) -> bool:
@@ -135,21 +144,40 @@ class _Walk:
             self.products.append(Product(2 * tokens * module.A.numel(), flowing, module.A.requires_grad))
             self.products.append(Product(2 * tokens * module.B.numel(), flowing or module.A.requires_grad, module.B.requires_grad))
             return flowing or module.A.requires_grad or module.B.requires_grad
-        elif isinstance(module, Projections | AdaptedLinear | nn.ModuleDict):
+        elif isinstance(module, Multiplies):
+            self.products += module.multiplied(tokens, flowing=flowing)
+        elif isinstance(module, Experts):
+            return self._chosen(module, tokens, flowing=flowing)
+        elif isinstance(module, Projections | AdaptedLinear | nn.ModuleDict | MoELayer):
             outs = [self.visit(child, tokens, flowing=flowing) for child in module.children()]  # every one, so no generator
             return any(outs)
         flowing = flowing or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        flows: dict[str, bool] = {}
+        last = [role for role, child in module.named_children() if isinstance(child, Projections) and role != "memory"][-1:]
         for role, child in module.named_children():
-            if isinstance(module, MixerModule) and isinstance(child, Projections):
+            if isinstance(child, Aside):  # its inputs are detached, and it trains on a term of its own
+                before = len(self.products)
+                self.visit(child, tokens, flowing=False)
+                self.products[before:] = [replace(p, left=False, right=p.right and child.training) for p in self.products[before:]]
+            elif isinstance(module, MixerModule) and isinstance(child, Projections):
                 if role == "memory":
                     memory = self.step.inputs.memory
                     assert memory is not None, "a model that reads a memory is counted with one"
+                    if self.recalled:
+                        continue
                     self.visit(child, memory.shape[:2].numel(), flowing=memory.requires_grad)
                     continue
-                flows = {name: self.visit(inner, tokens, flowing=flowing) for name, inner in child.named_children()}
-                own = module.products(self.step, flows)
+                flows |= {name: self.visit(inner, tokens, flowing=flowing) for name, inner in child.named_children()}
+                own = module.products(self.step, flows) if [role] == last else []
                 self.products += own
                 flowing = any(product.backward for product in own) or any(flows.values())
             else:
                 flowing = self.visit(child, tokens, flowing=flowing)
         return flowing
+
+    def _chosen(self, experts: Experts, tokens: int, *, flowing: bool) -> bool:
+        """Each of the E experts with an even share of what is sent to them; what capacity drops is counted too."""
+        before = len(self.products)
+        outs = [self.visit(expert, tokens * experts.top_k, flowing=flowing) for expert in experts]
+        self.products[before:] = [replace(product, flops=product.flops // len(experts)) for product in self.products[before:]]
+        return any(outs)

@@ -7,34 +7,36 @@ evaluates and serves. It carries its spec and the passes applied to it.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import replace
+from typing import Any, Literal, Self, TypeVar, overload
 
 import torch
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from torch import Tensor, nn
 
-from ..core.errors import unknown
+from ..core.errors import ConfigError, unknown
 from ..core.seed import generator
-from ..core.spec import Spec
 from ..nn.attention import Place
 from ..nn.embeddings import Embed, Tokens
 from ..nn.heads import Head, LMHead
 from ..nn.inputs import Inputs, Keep, Output, as_inputs
 from ..nn.linear import OwnStart
 from ..nn.norms import RMS, Norm
+from ..nn.patches import PatchEmbedding
 from ..nn.step import Step
 from ..nn.store import Store
 from .block import Block
 from .checkpointing import Recompute, recomputed
 from .initialization import Matrix, starts
+from .model import BuiltModel, Model
 
-if TYPE_CHECKING:
-    from ..core.spec import Part
+B = TypeVar("B", bound=BuiltModel[Any])
 
 
-class Transformer(Spec):
+class Transformer(Model):
     """What a model is. `layers` names a block for each layer; shorthand such as "8*(3*linear full)" is stored expanded."""
 
+    kind: Literal["transformer"] = "transformer"
     dim: int = Field(gt=0, description="width of the residual stream")
     vocab: int = Field(gt=0, description="rows of the embedding table")
     layers: tuple[str, ...] = Field(min_length=1, description="the name of each layer's block, from the first to the last")
@@ -58,7 +60,22 @@ class Transformer(Spec):
         for name in self.blocks:
             if name not in self.layers:
                 raise ValueError(f"block {name!r} is defined but no layer uses it")
+        if len(widths := {block.residual.width for block in self.blocks.values()}) > 1:
+            raise ValueError(f"all blocks must carry as many residual streams, not {', '.join(map(str, sorted(widths)))}")
         return self
+
+    def to_dict(self, *, defaults: bool = False) -> dict[str, Any]:
+        """As for any spec; `kind` is left out too where it is the default, as it is for whole models."""
+        data = super().to_dict(defaults=defaults)
+        return data if defaults else {name: value for name, value in data.items() if name != "kind"}
+
+    def build(self) -> TransformerModel:
+        return TransformerModel(self)
+
+    def with_plain_names(self) -> Self:
+        names = list(dict.fromkeys(self.layers))
+        new = {name: "layer" if len(names) == 1 else f"layer{k}" for k, name in enumerate(names)}
+        return self.replace(layers=tuple(new[name] for name in self.layers), blocks={new[name]: self.blocks[name] for name in names})
 
 
 def expand_layers(text: str) -> tuple[str, ...]:
@@ -94,13 +111,11 @@ def expand_layers(text: str) -> tuple[str, ...]:
     return tuple(sequence(0))
 
 
-class TransformerModel(nn.Module):
+class TransformerModel(BuiltModel[Transformer]):
     """The built model: `model(tokens_or_inputs) -> Output`. `passes` lists what was done to it since it was built."""
 
     def __init__(self, spec: Transformer):
-        super().__init__()
-        self.spec = spec
-        self.passes: tuple[Part, ...] = ()
+        super().__init__(spec)
         self.recompute: Recompute | None = None
         self.embed = spec.embed.build(spec.vocab, spec.dim)
         self.layers = nn.ModuleList(
@@ -113,40 +128,45 @@ class TransformerModel(nn.Module):
         self.final_norm = spec.final_norm.build(spec.dim)
         self.head = spec.head.build(spec.vocab, spec.dim)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
     def forward(self, inputs: Inputs | Tensor, *, keep: Keep = "all", weights: bool = False) -> Output:
         """See `Inputs` and `Output`. With a cache, the tokens are appended to it once all layers have run. `weights`: attention
         is computed naively and its weights are in `aux`."""
         inputs = as_inputs(inputs)
-        step = Step.begin(inputs, causal=self.spec.causal, weights=weights)
+        if inputs.source is not None:
+            raise ConfigError("this model has no encoder that could read a source: leave out Inputs(source=...)", field="source")
+        step = self.begin(inputs, weights=weights)
         x = self.run(self.embed(inputs.tokens, step), step)
         output = self.finish(x, step, keep)
         step.commit()
         return output
 
-    def run(self, x: Tensor, step: Step) -> Tensor:
-        """All layers this module holds, [B, T, C] -> [B, T, C]."""
+    def begin(self, inputs: Inputs, *, weights: bool = False) -> Step:
+        """What a forward on `inputs` shares. Images are cut into patches, where that is what this model embeds."""
+        if inputs.images is not None:
+            if not isinstance(self.embed, PatchEmbedding):
+                raise ConfigError("this model reads no images: leave out Inputs(images=...)", field="images")
+            inputs = replace(inputs, images=None, embeds=self.embed.cut(inputs.images))
+        return Step.begin(inputs, causal=self.spec.causal, weights=weights)
+
+    def run(self, x: Tensor, step: Step, *, depth: int | None = None) -> Tensor:
+        """All layers this module holds, or the first `depth` of them, [B, T, C] -> [B, T, C]."""
         residual = self.spec.blocks[self.spec.layers[0]].residual
+        layers = self.layers if depth is None else self.layers[:depth]
         x = residual.open(x)
         if self.recompute is not None and torch.is_grad_enabled() and step.inputs.cache is None:
-            x = recomputed(self.layers, x, step, self.recompute)
+            x = recomputed(layers, x, step, self.recompute)
         else:
-            for layer in self.layers:
+            for layer in layers:
                 x = layer(x, step)
         return residual.close(x)
 
     def finish(self, x: Tensor, step: Step, keep: Keep) -> Output:
-        """Final norm, and logits at the positions that `keep` asks for."""
-        hidden = self.final_norm(x)
-        if isinstance(keep, str) and keep == "none":
+        """Final norm, and logits at the positions that `keep` asks for; of a head that reads documents, those of every one."""
+        hidden, reads = self.final_norm(x), self.spec.head.reads
+        if reads == "nothing" or (isinstance(keep, str) and keep == "none"):
             return Output(hidden, None, step.aux)
+        if reads == "documents":
+            return Output(hidden, self.head(hidden, step, self.embed), step.aux)
         chosen = hidden
         if isinstance(keep, Tensor):
             chosen = hidden[keep]
@@ -171,21 +191,34 @@ def last_of(hidden: Tensor, segments: Tensor | None) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
-def build(spec: Transformer, *, device: str | torch.device = "meta", dtype: torch.dtype = torch.float32) -> TransformerModel:
+@overload
+def build(spec: Transformer, *, device: str | torch.device = "meta", dtype: torch.dtype = torch.float32) -> TransformerModel: ...
+
+
+@overload
+def build(spec: Model, *, device: str | torch.device = "meta", dtype: torch.dtype = torch.float32) -> BuiltModel[Any]: ...
+
+
+def build(spec: Model, *, device: str | torch.device = "meta", dtype: torch.dtype = torch.float32) -> BuiltModel[Any]:
     """The model that `spec` says, with parameters that hold nothing yet (on the meta device: no memory either)."""
     with torch.device(device):
-        return TransformerModel(spec).to(dtype)
+        return spec.build().to(dtype)
 
 
 @torch.no_grad()
-def initialize(model: TransformerModel, *, seed: int, std: float = 0.02, start: str = "gpt2") -> TransformerModel:
-    """Draw all parameters: matrices normal, with the deviation that the formula `start` gives (`std` is its base: see
-    `initialization`), biases zero, norms one. Each parameter's draw depends on the seed and its name alone."""
+def initialize(model: B, *, seed: int, std: float = 0.02, start: str = "gpt2", within: str = "") -> B:
+    """Draw all parameters, or those of the module named `within`: matrices normal, with the deviation that the formula `start` gives
+    (`std` is its base: see `initialization`), biases zero, norms one. Each parameter's draw depends on the seed and its name alone."""
     formula = starts.get(start, field="start")
+    stacks = {name: len(module.layers) for name, module in model.named_modules() if isinstance(module, TransformerModel)}
     for prefix, module in model.named_modules():
+        if within and not f"{prefix}.".startswith(f"{within}."):
+            continue
         if isinstance(module, OwnStart):
             module.reset()
             continue
+        stack = max((name for name in stacks if f"{prefix}.".startswith(f"{name}." if name else "")), key=len, default=None)
+        local = prefix if not stack else prefix.removeprefix(f"{stack}.")
         for name, parameter in module.named_parameters(recurse=False):
             if name == "bias":
                 parameter.zero_()
@@ -194,11 +227,23 @@ def initialize(model: TransformerModel, *, seed: int, std: float = 0.02, start: 
             place = Matrix(
                 inputs=inputs,
                 outputs=outputs,
-                layers=len(model.layers),
-                table=prefix.startswith("embed"),
-                activated=".ffn.inp." in prefix,
-                writes=prefix.endswith((".mixer.out", ".ffn.out")),
+                layers=1 if stack is None else stacks[stack],
+                table=local.startswith("embed"),
+                activated=".ffn." in local and ".inp." in local,
+                writes=local.endswith((".mixer.out", ".cross.out")) or (".ffn." in local and local.endswith(".out")),
             )
             drawn = torch.randn(parameter.shape, generator=generator(seed, f"{prefix}.{name}"))
             parameter.copy_(drawn * formula(place, std))
     return model
+
+
+def with_head(model: TransformerModel, head: Head, *, seed: int, std: float = 0.02) -> TransformerModel:
+    """Give `model` another head, drawn anew: a pretrained model becomes a classifier. Refused once passes were applied to it."""
+    if model.passes:
+        kinds = ", ".join(step.kind for step in model.passes)
+        raise ConfigError(f"a head is changed before passes are applied; this model has {kinds}", field="head", value=head.kind)
+    spec = model.spec.replace(head=head)
+    with torch.device(model.device):
+        model.head = head.build(spec.vocab, spec.dim).to(model.dtype).train(model.training)
+    model.spec = spec
+    return initialize(model, seed=seed, std=std, within="head")

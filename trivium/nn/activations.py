@@ -36,17 +36,18 @@ class SiLU(Activation):
 
 
 class Swish(Activation):
-    """x * sigmoid(beta * x) with one beta for the layer, trained (arXiv:1710.05941)."""
+    """x * sigmoid(beta * x) with one beta for the layer (arXiv:1710.05941): 0 gives x / 2, a large one ReLU."""
 
     kind: Literal["swish"] = "swish"
     beta: float = Field(1.0, description="where beta starts")
+    trained: bool = Field(True, description="whether beta is a parameter")
 
     @classmethod
     def tiny(cls) -> Swish:
         return cls(beta=1.5)
 
     def build(self) -> nn.Module:
-        return SwishActivation(self)
+        return SwishActivation(self) if self.trained else FixedSwish(self.beta)
 
 
 class GELU(Activation):
@@ -82,6 +83,24 @@ class ReLU(Activation):
         return nn.ReLU()
 
 
+class SquaredReLU(Activation):
+    """max(0, x)^2 (Primer, arXiv:2109.08668)."""
+
+    kind: Literal["relu2"] = "relu2"
+
+    @classmethod
+    def tiny(cls) -> SquaredReLU:
+        return cls()
+
+    def build(self) -> nn.Module:
+        return ReLUSquare()
+
+
+class ReLUSquare(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
 class SwishActivation(OwnStart):
     def __init__(self, spec: Swish):
         super().__init__()
@@ -93,6 +112,15 @@ class SwishActivation(OwnStart):
 
     def reset(self) -> None:
         nn.init.constant_(self.beta, self.spec.beta)
+
+
+class FixedSwish(nn.Module):
+    def __init__(self, beta: float):
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
 
 
 def silu_times(gate: Tensor, up: Tensor) -> Tensor:

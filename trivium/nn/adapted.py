@@ -106,7 +106,7 @@ class _AdaptedLinear(torch.autograd.Function):
         y = F.linear(flat, weight, bias).addmm_(inner, B.t(), alpha=scale)
         ctx.save_for_backward(flat, inner, weight, A, B)
         ctx.scale, ctx.shape = scale, x.shape
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:

@@ -5,6 +5,7 @@ arXiv:1706.03762 (multi-head), arXiv:1911.02150 (multi-query), arXiv:2305.13245 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -16,13 +17,15 @@ from torch import Tensor, nn
 from ..core.errors import ConfigError
 from ..core.registry import Registry
 from ..core.spec import Part, Spec
-from .backends import NONE, Extras, attend, backends, weighted, weights_of
-from .keepers import PerToken, State
+from .backends import Extras, attend, backends, weighted, weights_of
+from .keepers import PerToken, Slots, State
 from .linear import Linear, OwnStart, Projections
 from .norms import Norm
 from .patterns import Full, Pattern
-from .positions import Position
+from .positions import Position, Rope
 from .products import Product
+from .rebased import rebase
+from .ring import Rolling, held
 from .step import Step
 from .store import Handle
 
@@ -94,6 +97,7 @@ class Attention(Mixer):
     pattern: SerializeAsAny[Pattern] = Field(Full(), description="which positions are in reach")
     qk_norm: SerializeAsAny[Norm] | None = Field(None, description="the norm of queries and keys, before positions (arXiv:2302.05442)")
     qk_norm_over: Literal["head", "projection"] = Field("head", description="each head alone, or all heads together (OLMo 2)")
+    v_norm: SerializeAsAny[Norm] | None = Field(None, description="the norm of each head's values (Gemma 4)")
     scores: Scores = Field(Scores(), description="how products become scores")
     gate: Literal["channel", "head"] | None = Field(None, description="a sigmoid of the input that multiplies what the heads give")
     share: str | None = Field(None, description="block whose nearest earlier layer gives keys and values; this one has none of its own")
@@ -107,6 +111,9 @@ class Attention(Mixer):
     def _check(self) -> Self:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        scaling = self.position.scaling if isinstance(self.position, Rope) else None
+        if self.pattern.places is not None and (not isinstance(self.position, Rope) or (scaling is not None and scaling.by_length)):
+            raise ValueError("a pattern that counts positions as places in the cache needs rotary positions whose angles no length changes")
         return self
 
     def build(self, dim: int) -> MixerModule:
@@ -127,8 +134,17 @@ class AttentionMixer(MixerModule):
         if spec.qk_norm is not None:
             over = {name: spec.head_dim if spec.qk_norm_over == "head" else widths[name] for name in "qk" if name in widths}
             self.norms = nn.ModuleDict({name: spec.qk_norm.build(width) for name, width in over.items()})
+        self.v_norm = spec.v_norm.build(spec.head_dim) if spec.v_norm is not None and spec.share is None else None
         self.sinks = Sinks(spec.heads) if spec.scores.sinks else None
         self.table = spec.position.build(spec.heads, spec.head_dim) if spec.position is not None else None
+        self.owner: int | None = None  # the layer that holds the table of this one's positions, where another does
+
+    def settle(self, place: Place) -> None:
+        super().settle(place)
+        if self.spec.position is not None and place.names:
+            owner = self.spec.position.owner(place.index, place.names)
+            if owner != place.index:
+                self.owner, self.table = owner, None
 
     def lender(self) -> int | None:
         return None if self.spec.share is None else self.place.nearest(self.spec.share)
@@ -136,13 +152,23 @@ class AttentionMixer(MixerModule):
     def state(self) -> State:
         if self.spec.share is not None:
             return {}
-        entry = PerToken((self.spec.kv_heads, self.spec.head_dim))
+        shape, keeps = (self.spec.kv_heads, self.spec.head_dim), self.spec.pattern.keeps
+        entry = PerToken(shape) if keeps is None else Rolling(shape, last=keeps[0], first=keeps[1])
         return {"k": entry, "v": entry}
 
     def products(self, step: Step, flows: Mapping[str, bool]) -> list[Product]:
-        flops = 2 * self.spec.heads * self.spec.head_dim * step.view(self.spec.pattern.reach).pairs
-        scores = Product(flops, left=flows["q"], right=flows.get("k", True))
-        return [scores, Product(flops, left=scores.left or scores.right, right=flows.get("v", True))]
+        pairs, keeps = step.view(self.spec.pattern.reach).pairs, self.spec.pattern.keeps
+        if keeps is not None and step.slots.start:
+            pairs = math.prod(step.inputs.shape) * held(step.slots, last=keeps[0], first=keeps[1])
+        flops = 2 * self.spec.heads * self.spec.head_dim * pairs
+        doubled = 1 if self.spec.pattern.places is None else 2
+        scores = Product(doubled * flops, left=flows["q"], right=flows.get("k", True))
+        mixed = Product(flops, left=scores.left or scores.right, right=flows.get("v", True))
+        if (position := self.spec.position) is None or not position.naive:
+            return [scores, mixed]
+        wide, view = self.spec.heads * self.spec.head_dim, step.view(self.spec.pattern.reach)
+        own = position.products(step, view, wide=wide, table=self.table, q=flows["q"], weights=mixed.left)
+        return [scores, Product(flops, left=own[-1].left, right=mixed.right), *own]
 
     def forward(self, x: Tensor, step: Step, handle: Handle) -> Tensor:
         spec = self.spec
@@ -150,12 +176,18 @@ class AttentionMixer(MixerModule):
         q = self._heads(given["q"], "q", step)
         if spec.share is None:
             k, v = self._heads(given["k"], "k", step), split_heads(given["v"], spec.head_dim)
-            k, v = handle.extend(k=k, v=v)
+            v = v if self.v_norm is None else self.v_norm(v)
+            slots = None
+            if spec.pattern.keeps is None:
+                k, v = handle.extend(k=k, v=v)
+            else:
+                (k, v), slots = handle.recall(step.memo, k=k, v=v)
             if self.lends:
-                step.hand(("kv", self.place.index), (k, v))
+                step.hand(("kv", self.place.index), (k, v, slots, spec.pattern))
         else:
-            k, v = step.handed(("kv", self.lender()))
-        mixed = self._attend(q, k, v, step).transpose(1, 2)  # [B, T, H, D]
+            k, v, slots, pattern = step.handed(("kv", self.lender()))
+            self._check_reach(pattern)
+        mixed = self._attend(q, k, v, step, slots).transpose(1, 2)  # [B, T, H, D]
         if spec.gate is not None:
             gate = given["gate"].sigmoid()
             mixed = mixed * (gate.view(mixed.shape) if spec.gate == "channel" else gate[..., None])
@@ -169,18 +201,48 @@ class AttentionMixer(MixerModule):
         x = split_heads(x, spec.head_dim)
         if spec.qk_norm is not None and spec.qk_norm_over == "head":
             x = self.norms[name](x)
-        return x if spec.position is None else spec.position.turn(x, step)
+        return x if spec.position is None or spec.pattern.places is not None else spec.position.turn(x, step)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
-        spec, view = self.spec, step.view(self.spec.pattern.reach)
-        bias = spec.position.bias(spec.heads, self.table) if spec.position is not None else None
+    def _check_reach(self, pattern: Pattern) -> None:
+        """Keys that roll, or that are turned by places, serve layers of the same pattern alone."""
+        if pattern != self.spec.pattern and (pattern.keeps is not None or self.spec.pattern.places is not None):
+            raise ConfigError(
+                f"block {self.spec.share!r} keeps no more keys than its pattern {pattern.kind!r} reaches: a layer that shares them must "
+                "have the same pattern",
+                field="pattern",
+                value=self.spec.pattern.kind,
+            )
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, step: Step, slots: Slots | None) -> Tensor:
+        spec, view = self.spec, step.view(self.spec.pattern.reach, slots=slots)
+        if (places := spec.pattern.places) is not None:
+            assert spec.position is not None and spec.pattern.keeps is not None
+            q, k = rebase(q, k, spec.position.turn, view, places=places, first=spec.pattern.keeps[1])
+        table = self._table(step)
+        bias = spec.position.bias(spec.heads, table) if spec.position is not None else None
         sinks = self.sinks.weight if self.sinks is not None else None
-        extras = NONE if bias is None and sinks is None and spec.scores.softcap is None else Extras(spec.scores.softcap, bias, None, sinks)
+        learned = tuple(table.parameters()) if table is not None else ()
+        extras = Extras(spec.scores.softcap, bias, None, sinks, learned)
+        dropout = spec.dropout if self.training else 0.0
+        if spec.position is not None and spec.position.naive:
+            mixed, weights = spec.position.attend(
+                q, k, v, view, table=table, scale=self.scale, backend=self.backend, extras=extras, dropout=dropout
+            )
+            if weights is not None:
+                step.aux.weights[self.place.index] = weights
+            return mixed
         if step.wants_weights:
             weights = step.aux.weights[self.place.index] = weights_of(q, k, view, scale=self.scale, extras=extras)
             return weighted(weights, v)
-        dropout = spec.dropout if self.training else 0.0
         return attend(q, k, v, view, scale=self.scale, backend=self.backend, extras=extras, dropout=dropout)
+
+    def _table(self, step: Step) -> nn.Module | None:
+        """What is learned of positions: this layer's own, or that of the layer that holds it for this one."""
+        if self.owner is not None:
+            return step.handed(("table", self.owner))
+        if self.table is not None:
+            step.hand(("table", self.place.index), self.table)
+        return self.table
 
 
 class Sinks(OwnStart):

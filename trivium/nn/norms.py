@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..core.registry import Registry
@@ -32,10 +32,17 @@ class RMS(Norm):
     eps: float = Field(1e-5, gt=0, description="added to the mean square")
     offset: float = Field(0.0, description="added to the weight")
     round_first: bool = Field(True, description="round to the working dtype before the weight is applied")
+    affine: bool = Field(True, description="whether there is a weight")
 
     @classmethod
     def tiny(cls) -> RMS:
         return cls(eps=1e-4)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.offset and not self.affine:
+            raise ValueError("offset is added to a weight, which a norm that is not affine has not")
+        return self
 
     def build(self, dim: int) -> nn.Module:
         return RMSNorm(self, dim)
@@ -45,20 +52,23 @@ class RMSNorm(OwnStart):
     def __init__(self, spec: RMS, dim: int):
         super().__init__()
         self.spec = spec
-        self.weight = nn.Parameter(torch.empty(dim))
+        self.weight = nn.Parameter(torch.empty(dim)) if spec.affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         spec = self.spec
-        if native.takes(x, self.weight):
+        if self.weight is not None and native.takes(x, self.weight):
             return functions.rms_norm(x, self.weight, eps=spec.eps, offset=spec.offset, round_first=spec.round_first)
         wide = x.float()
         normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + spec.eps)
+        if self.weight is None:
+            return normal.to(x.dtype)
         if spec.round_first:
             return (self.weight + spec.offset if spec.offset else self.weight) * normal.to(x.dtype)
         return ((self.weight.float() + spec.offset) * normal).to(x.dtype)
 
     def reset(self) -> None:
-        nn.init.constant_(self.weight, 1.0 - self.spec.offset)
+        if self.weight is not None:
+            nn.init.constant_(self.weight, 1.0 - self.spec.offset)
 
 
 class Layer(Norm):
@@ -66,7 +76,8 @@ class Layer(Norm):
 
     kind: Literal["layer"] = "layer"
     eps: float = Field(1e-5, gt=0, description="added to the variance")
-    bias: bool = Field(True, description="whether a bias is added")
+    bias: bool = Field(True, description="whether a bias is added, where the norm is affine")
+    affine: bool = Field(True, description="whether there is a weight, and the bias")
 
     @classmethod
     def tiny(cls) -> Layer:
@@ -82,14 +93,15 @@ class LayerNorm(OwnStart):
     def __init__(self, spec: Layer, dim: int):
         super().__init__()
         self.spec = spec
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.bias = nn.Parameter(torch.empty(dim)) if spec.bias else None
+        self.weight = nn.Parameter(torch.empty(dim)) if spec.affine else None
+        self.bias = nn.Parameter(torch.empty(dim)) if spec.affine and spec.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.spec.eps)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.spec.eps)
 
     def reset(self) -> None:
-        nn.init.ones_(self.weight)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -30,7 +30,8 @@ class Learned(Absolute):
     """A trained table (GPT-1 and 2; BERT, arXiv:1810.04805). It says nothing of positions beyond its last row."""
 
     kind: Literal["learned"] = "learned"
-    size: int = Field(gt=0, description="rows of the table: how many positions there are")
+    size: int = Field(gt=0, description="how many positions there are")
+    offset: int = Field(0, ge=0, description="rows of the table that stand before that of position 0 (RoBERTa, BART: 2)")
 
     @classmethod
     def tiny(cls) -> Learned:
@@ -44,7 +45,7 @@ class LearnedPositions(nn.Module):
     def __init__(self, spec: Learned, dim: int):
         super().__init__()
         self.spec = spec
-        self.weight = nn.Parameter(torch.empty(spec.size, dim))
+        self.weight = nn.Parameter(torch.empty(spec.offset + spec.size, dim))
 
     def forward(self, step: Step, dtype: torch.dtype) -> Tensor:
         """Raises `TriviumError` for a position that has no row. Where positions do not simply count on, they are read once."""
@@ -56,7 +57,7 @@ class LearnedPositions(nn.Module):
                 field="positions",
                 value=last if first >= 0 else first,
             )
-        return F.embedding(step.positions, self.weight).to(dtype)
+        return F.embedding(step.positions + self.spec.offset, self.weight).to(dtype)
 
 
 class Sinusoidal(Absolute):

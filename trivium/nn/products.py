@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 
 @dataclass(frozen=True)
 class Product:
@@ -17,3 +19,11 @@ class Product:
     @property
     def backward(self) -> int:
         return self.flops * (self.left + self.right)
+
+
+class Multiplies(nn.Module):
+    """A module that multiplies by matrices of its own, beside the linear maps in it."""
+
+    def multiplied(self, tokens: int, *, flowing: bool) -> list[Product]:
+        """Its own products for `tokens` tokens. `flowing`: whether its input has a gradient."""
+        raise AssertionError

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .blocked import Blocks, Later, Plan, blocks, later
 from .inputs import Aux, Inputs, Prefix
 from .keepers import Slots
 from .store import Handle, continued_positions
@@ -52,6 +54,11 @@ class Reach(Protocol):
 
     def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Bool, of positions `queries` [..., T, 1] and `keys` [..., 1, S]."""
+        ...
+
+    def plan(self, length: int, *, causal: bool, start: int = 0, keys: int | None = None) -> Plan | None:
+        """Which blocks of the first `length` positions must be computed for queries from `start` on, which are given `keys` of
+        them; None where that would not halve the work."""
         ...
 
 
@@ -96,21 +103,54 @@ class View:
 
     @property
     def documents(self) -> Documents | None:
-        """The documents, where this step has any, holds nothing from before and hides nothing inside them but the future."""
+        """The documents, where this step has any, holds nothing from before and hides nothing inside them but the future and what
+        is out of reach, which is known of a document alone where its positions count from 0."""
         step = self.step
         if step.segments is None or self.slots.start or self.prefix is not None:
             return None
-        if self.reach is None or (step.inputs.positions is None and self.reach.whole(step.longest)):
-            return step.documents
-        return None
+        return step.documents if self.reach is None or step.inputs.positions is None else None
+
+    def hides(self, length: int) -> Reach | None:
+        """The reach, if it hides anything within the first `length` positions."""
+        return None if self.reach is None or self.reach.whole(length) else self.reach
+
+    def plan(self, length: int) -> Plan | None:
+        """Which blocks must be computed of a document, or an even row, of this length that starts here; None: all of it."""
+        return None if self.hides(length) is None or self.reach is None else self.reach.plan(length, causal=self.causal)
+
+    @property
+    def row_plan(self) -> Plan | None:
+        """The plan of whole rows, where they hold one document each, without padding."""
+        slots = self.slots
+        if self.reach is None or self.prefix is not None or slots.segments is not None or self.step.inputs.positions is not None:
+            return None
+        if slots.start == 0:
+            return self.plan(slots.end)
+        if self.hides(slots.end) is None or self.step.count == 1:
+            return None
+        return self.reach.plan(slots.end, causal=self.causal, start=slots.start, keys=self.key_positions.shape[1])
+
+    def blocks(self, plan: Plan) -> Blocks:
+        """The indices and masks of a plan of this view's, once per forward."""
+        assert self.reach is not None
+        build = partial(blocks, plan, self.reach, causal=self.causal, device=self.step.positions.device)
+        return self.step.memo(("blocks", self.reach, self.causal, plan.length), build)
+
+    def later_blocks(self, plan: Plan) -> Later:
+        """As `blocks`, of a plan for queries that come after some of their keys."""
+        assert self.reach is not None
+        build = partial(later, plan, self.reach, causal=self.causal, keys=self.key_positions[0])
+        return self.step.memo(("later", self.reach, self.causal, id(self.slots)), lambda: (self.slots, build()))[1]
 
     @property
     def pairs(self) -> int:
         """How many query-key products of one head this view takes, those that are masked or stand for padding included."""
         if self.documents is not None:
-            return sum(group.slots.shape[0] * group.slots.shape[1] ** 2 for group in self.documents.groups)
+            return sum(rows * _pairs(self.plan(length), length) for rows, length in (group.slots.shape for group in self.documents.groups))
         batch, count = self.step.inputs.shape
-        return batch * count * self.slots.end
+        if self.row_plan is not None:
+            return batch * self.row_plan.pairs
+        return batch * count * (self.slots.end if self.slots.positions is None else self.slots.positions.shape[1])
 
     @property
     def key_positions(self) -> Tensor:
@@ -127,24 +167,57 @@ class View:
         """[B|1, 1, T, S] bool, true where a query may see a key; None where everything is seen. The naive statement."""
         if self.plain:
             return None
-        own = self.slots is self.step.slots
-        return self.step.memo(("mask", self.causal, self.bounded), self._mask) if own else self._mask()
+        # the memo holds the slots too, so that their id stays theirs
+        key = ("mask", self.causal, self.bounded, id(self.slots))
+        return self.step.memo(key, lambda: (self.slots, self.tile(slice(None), slice(None))))[1]
 
-    def _mask(self) -> Tensor:
-        step = self.step
-        queries, keys = step.positions[:, :, None], self.key_positions[:, None, :]
-        seen = torch.ones((), dtype=torch.bool, device=queries.device)
+    def rows(self, start: int, end: int) -> Tensor:
+        """[B|1, end - start, S] bool: `mask` for these queries alone, for what must not hold the whole."""
+        return self.tile(slice(start, end), slice(None))[:, 0]
+
+    def tile(self, queries: slice, keys: slice) -> Tensor:
+        """The part [B|1, 1, t, s] of `mask` that lies at these queries and keys; nothing larger is built."""
+        within, names = self.prefix, self._names
+        mine, theirs = self.step.positions[:, queries, None], self.key_positions[:, None, keys]
+        seen = self._sees(
+            mine,
+            theirs,
+            None if within is None else within[:, None, None],
+            None if names is None else (names[0][:, queries, None], names[1][:, None, keys]),
+        )
+        return seen.expand(-1, mine.shape[1], theirs.shape[2])[:, None]
+
+    def at(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Whether query number `query` of `row` may see key number `key`: index tensors that broadcast."""
+        within, names = self.prefix, self._names
+        return self._sees(
+            pick(self.step.positions, row, query),
+            pick(self.key_positions, row, key),
+            None if within is None else within[row],
+            None if names is None else (pick(names[0], row, query), pick(names[1], row, key)),
+        )
+
+    @property
+    def _names(self) -> tuple[Tensor, Tensor] | None:
+        """The segments of queries [B, T] and of keys [B, S], if there are any."""
+        if self.step.segments is None:
+            return None
+        assert self.slots.segments is not None
+        return self.step.segments, self.slots.segments
+
+    def _sees(self, queries: Tensor, keys: Tensor, within: Tensor | None, segments: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Of positions, prefixes' lengths and (queries', keys') segments that broadcast."""
+        seen = torch.ones((1,) * queries.dim(), dtype=torch.bool, device=queries.device)
         if self.causal:
             seen = seen & (keys <= queries)
-            if self.prefix is not None:
-                within = self.prefix[:, None, None]
+            if within is not None:
                 seen = seen | ((queries < within) & (keys < within))
         if self.bounded is not None:
             seen = seen & self.bounded.sees(queries, keys)
-        if step.segments is not None:
-            assert self.slots.segments is not None
-            seen = seen & (step.segments[:, :, None] == self.slots.segments[:, None, :]) & (step.segments[:, :, None] >= 0)
-        return seen.expand(-1, step.count, self.key_positions.shape[1])[:, None]
+        if segments is not None:
+            mine, theirs = segments
+            seen = seen & (mine == theirs) & (mine >= 0)
+        return seen
 
 
 @dataclass
@@ -242,6 +315,15 @@ class Step:
         if key not in self._memo:
             self._memo[key] = build()
         return self._memo[key]
+
+
+def _pairs(plan: Plan | None, length: int) -> int:
+    return length**2 if plan is None else plan.pairs
+
+
+def pick(x: Tensor, row: Tensor, place: Tensor) -> Tensor:
+    """What stands in `x` [B|1, T] at these places."""
+    return x[row, place] if len(x) > 1 else x[0, place]
 
 
 def find_runs(segments: np.ndarray) -> np.ndarray:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ..core.errors import TriviumError
 from .keepers import Cut, FixedKeeper, Keeper, OnceKeeper, Pending, Room, Slots, Slotted, State
+from .ring import Memo, Ring
+from .strided import Entries, StridedKeeper
 
 K = TypeVar("K", bound=Keeper)
 
@@ -30,6 +32,15 @@ class Handle:
     def extend(self, **new: Tensor) -> list[Tensor]:
         """Append the new tokens' state [B, *, T, D] and return all of it [B, *, S, D], in the order given."""
         return list(new.values())
+
+    def recall(self, memo: Memo, /, **new: Tensor) -> tuple[list[Tensor], Slots | None]:
+        """As `extend`, for state that is declared as `Rolling`: what is still there, [B, *, S, D], and where each of it stands;
+        None: they are this forward's own. `memo`: the step's, so that layers share the latter."""
+        return list(new.values()), None
+
+    def accrue(self, name: str, found: Entries) -> Entries:
+        """Append entries that this forward completed, for state that is declared as `Strided`, and return all there are."""
+        return found
 
     def read(self, name: str) -> Tensor | None:
         """A fixed state [B, *shape] as the last forward left it; None where nothing came yet, and it is zero."""
@@ -53,6 +64,14 @@ class StoreHandle(Handle):
 
     def extend(self, **new: Tensor) -> list[Tensor]:
         return [self._keeper(name, Slotted).extend(value, self.pending.slots) for name, value in new.items()]
+
+    def recall(self, memo: Memo, /, **new: Tensor) -> tuple[list[Tensor], Slots | None]:
+        rings = {name: self._keeper(name, Ring) for name in new}
+        rolled = [rings[name].roll(value, self.pending) for name, value in new.items()]
+        return rolled, next(iter(rings.values())).slots(self.pending, memo)
+
+    def accrue(self, name: str, found: Entries) -> Entries:
+        return self._keeper(name, StridedKeeper).add(found, self.pending)
 
     def read(self, name: str) -> Tensor | None:
         return self._keeper(name, FixedKeeper).read()
@@ -91,7 +110,7 @@ class Store:
     """The contiguous store: `capacity` slots a row, allocated once.
 
     `states`: by layer, what it declares, by name. `lengths` counts the tokens that each row holds; it lives on the host.
-    `rollback`: how many tokens `drop_last` can take from a model that has state of a fixed size; others need none.
+    `rollback`: how many tokens `drop_last` can take from a model that has state of a fixed size, windows among it; others need none.
     `memory_segments` [B, M]: which places of the memory that was attended to in the first forward are padding (-1).
     """
 

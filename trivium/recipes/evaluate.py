@@ -20,6 +20,7 @@ class Eval(Spec):
 
     model: str = Field("smollm2", description="name, model directory, GGUF file, adapter directory or hub repository")
     adapter: str | None = Field(None, description="adapter directory to put on the model")
+    extend: str | None = Field(None, description="how the model's context is made longer: KIND:FACTOR, such as yarn:4")
     task: SerializeAsAny[Task] = Field(description="what is measured")
     out: str = Field("runs/eval/result.json", pattern=r"\.json$", description="the result file; samples lie beside it")
     dtype: str | None = Field(None, description="dtype to compute in; as stored by default")
@@ -40,9 +41,10 @@ ALIASES = {
 
 def evaluate(config: Eval, *, bundle: Bundle | None = None) -> Result:
     """Run `config.task` and write the result and its samples. `bundle`: the model, already loaded."""
-    bundle = bundle or load(config.model, adapter=config.adapter, dtype=config.dtype)
+    bundle = bundle or load(config.model, adapter=config.adapter, dtype=config.dtype, extend=config.extend)
     subject = Subject(bundle.model, bundle.tokenizer, bundle.prompt, tokens=config.tokens, batch=config.batch)
     name = str(bundle.path) if bundle.adapter is None else f"{bundle.path} with {bundle.adapter}"
+    name += "" if bundle.extended is None else f", extended by {bundle.extended}"
     result, samples = results.measure(config.task, subject, model=name, weights=bundle.weights(), command=sys.argv, seed=config.seed)
     return results.save(Path(config.out), result, samples)
 

@@ -1,4 +1,8 @@
-"""What a model is, as plain values: spec, layers, sizes, hashes, lineage; and how two models differ."""
+"""What a model is, as plain values: its sheet, spec, layers, hashes, lineage; and how two models differ.
+
+A model with weights and its text side is loaded and told of in full. What has none (a preset, a config.json, a spec) and
+what is no single stack is told of by its spec alone, which is built without memory.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,39 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..core import config
 from ..io import directory
+from ..io.tensors import INDEX, SINGLE
 from ..models import count
+from ..models.model import DEFAULT, BuiltModel
 from ..models.transformer import TransformerModel
 from .load import Bundle, load
+from .sheet import sheet, unloaded
 
 
-def inspect(x: str | Path, *, accept: bool = False, allow_unknown: Collection[str] = ()) -> dict[str, Any]:
-    """Facts about `x` (as `load` takes it). `accept` adopts files that were edited since trivium.json was written, and
-    records them; `allow_unknown` names keys of config.json to carry unread."""
-    return facts(load(x, accept=accept, allow_unknown=allow_unknown))
+def inspect(x: str | Path, *, context: int | None = None, accept: bool = False, allow_unknown: Collection[str] = ()) -> dict[str, Any]:
+    """Facts about `x`: as `load` takes it, or a preset, a config.json, a file with a spec, a model directory without weights.
+    `context`: the length that costs are told at; the model's own if none is given. `accept` adopts files that were edited since
+    trivium.json was written, and records them; `allow_unknown` names keys of config.json to carry unread."""
+    if (ghost := _without_weights(x, allow_unknown)) is not None:
+        return {"path": str(x), **described(ghost, context=context), "hashes": {"spec": ghost.spec.digest()}}
+    return facts(load(x, accept=accept, allow_unknown=allow_unknown), context=context)
 
 
-def facts(bundle: Bundle) -> dict[str, Any]:
+def _without_weights(x: str | Path, allow_unknown: Collection[str]) -> BuiltModel[Any] | None:
+    """What is told of by its spec: what has no weights, and what `load` does not take; None for anything else."""
+    path = Path(x)
+    stored = any((path / name).is_file() for name in (SINGLE, INDEX))
+    record = directory.read_record(path) if stored else None
+    if record is not None and record.spec.kind == DEFAULT:
+        return None
+    model = unloaded(x, allow_unknown=allow_unknown)
+    return None if stored and isinstance(model, TransformerModel) else model
+
+
+def facts(bundle: Bundle, *, context: int | None = None) -> dict[str, Any]:
     """Everything but the tensors. `cache_bytes_per_token` is what one more token of one row takes."""
     model, tokenizer, prompt = bundle.model, bundle.tokenizer, bundle.prompt
     record = directory.read_record(bundle.path) if bundle.path.is_dir() else None
@@ -30,15 +50,7 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "path": str(bundle.path),
         "adapter": bundle.adapter,
         "family": bundle.family,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "weight_bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-        "cache_bytes_per_token": sum(count.cache_bytes(model)),
-        "context": bundle.spec.context,
-        "at": at(model, bundle.spec.context or 2048),
-        "spec": bundle.spec.to_dict(defaults=True),
-        "passes": [step.to_dict() for step in model.passes],
-        "layers": layers(model),
+        **described(model, context=context),
         "tokenizer": {"tokens": tokenizer.vocab_size, "special": len(tokenizer.special), "bos": tokenizer.bos, "eos": tokenizer.eos},
         "prompt": {**prompt.settings(), "stop_tokens": [tokenizer.token(stop) for stop in prompt.stops], "notes": list(prompt.notes)},
         "hashes": {
@@ -52,34 +64,51 @@ def facts(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def at(model: TransformerModel, context: int) -> dict[str, int]:
-    """What one row at `context` tokens takes: bytes of weights and cache, and floating-point operations of reading it whole
-    and of one more token."""
-    whole = torch.zeros(1, context, dtype=torch.int64)
+def described(model: BuiltModel[Any], *, context: int | None = None) -> dict[str, Any]:
+    """What the model alone says, with weights or on the meta device. Costs `at` a context are those of its stacks together."""
+    found = sheet(model, context=context)
+    stacks = found["stacks"].values()
+    costs: dict[str, int] = {}
+    for stack in stacks:
+        for name, value in stack["at"].items():
+            costs[name] = value if name == "context" else costs.get(name, 0) + value
     return {
-        "context": context,
-        "weight_bytes": count.bytes_of(model.parameters()),
-        "cache_bytes": sum(count.cache_bytes(model)) * context,
-        "read_flops": count.flops(model, whole, kept=1).forward,
-        "token_flops": count.decoding_flops(model, held=context - 1),
+        "dtype": found["dtype"],
+        "parameters": found["parameters"],
+        "active_parameters": found["active"],
+        "weight_bytes": found["weight_bytes"],
+        "cache_bytes_per_token": sum(stack["cache_bytes_per_token"] for stack in stacks),
+        "state_bytes_per_row": sum(stack["state_bytes_per_row"] for stack in stacks),
+        "context": model.spec.context,
+        "at": {**costs, "weight_bytes": found["weight_bytes"]},
+        "spec": model.spec.to_dict(defaults=True),
+        "passes": [step.to_dict() for step in model.passes],
+        "layers": layers(model),
+        "sheet": found,
     }
 
 
-def layers(model: TransformerModel) -> list[dict[str, Any]]:
+def layers(model: BuiltModel[Any]) -> list[dict[str, Any]]:
     """One row for each part, from the embedding to the head: what stands there, its parameters, its cache."""
+    stacks = [(name, stack) for name, stack in model.named_modules() if isinstance(stack, TransformerModel)]
+    return [row for name, stack in stacks for row in _layers(stack, f"{name} " if name else "")]
+
+
+def _layers(model: TransformerModel, before: str) -> list[dict[str, Any]]:
     caches = count.cache_bytes(model)
-    rows: list[dict[str, Any]] = [_row("embed", model.embed, model.spec.embed.kind, 0)]
+    rows: list[dict[str, Any]] = [_row(f"{before}embed", model.embed, model.spec.embed.kind, 0)]
     for index, (name, layer) in enumerate(zip(model.spec.layers, model.layers, strict=True)):
         block = model.spec.blocks[name]
-        kinds = ", ".join(f"{part} {spec.kind}" for part, spec in (("mixer", block.mixer), ("ffn", block.ffn)) if spec is not None)
-        rows.append(_row(f"{index} {name}", layer, kinds, caches[index]))
-    rows.append(_row("final norm", model.final_norm, model.spec.final_norm.kind, 0))
-    return [*rows, _row("head", model.head, model.spec.head.kind, 0)]
+        named = (("mixer", block.mixer), ("cross", block.cross), ("ffn", block.ffn))
+        kinds = ", ".join(f"{part} {spec.kind}" for part, spec in named if spec is not None)
+        rows.append(_row(f"{before}{index} {name}", layer, kinds, caches[index]))
+    rows.append(_row(f"{before}final norm", model.final_norm, model.spec.final_norm.kind, 0))
+    return [*rows, _row(f"{before}head", model.head, model.spec.head.kind, 0)]
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What differs between the facts of two models, as (what, a, b); where they lie does not count."""
-    keys = [key for key in a if key not in ("path", "adapter", "layers")]
+    """What differs between the facts of two models, as (what, a, b), as far as both have them; where they lie does not count."""
+    keys = [key for key in a if key in b and key not in ("path", "adapter", "layers", "sheet")]
     return config.diff({key: a[key] for key in keys}, {key: b[key] for key in keys})
 
 

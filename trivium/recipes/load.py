@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ..adapt.passes import Pass
+from ..adapt.passes import Pass, apply_passes
 from ..core import device as devices
-from ..core.errors import TriviumError
+from ..core.errors import ConfigError, TriviumError
 from ..core.log import log
 from ..infer.generate import Completion, Event, generate, stream
 from ..infer.sampling import Sampling
@@ -25,7 +25,10 @@ from ..io.directory import NATIVE
 from ..io.gguf.family import to_hf
 from ..io.gguf.reader import open_gguf
 from ..io.pull import pull
-from ..models.transformer import Transformer, TransformerModel
+from ..io.tensors import Lazy
+from ..models.context import Extension
+from ..models.model import BuiltModel
+from ..models.transformer import Transformer, TransformerModel, build
 from ..text.prompt import Prompt
 from ..text.tokenizer import Tokenizer
 
@@ -47,6 +50,7 @@ class Bundle:
     lineage: tuple[Mapping[str, Any], ...] = ()
     digest: str = ""  # SHA-256 over the weight files that the base came from
     adapter: str | None = None  # where the adapter on top came from
+    extended: str | None = None  # how the context was extended when this was loaded
 
     @property
     def spec(self) -> Transformer:
@@ -116,12 +120,15 @@ def load(
     adapter: str | Path | None = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
+    extend: str | None = None,
     accept: bool = False,
     allow_unknown: Collection[str] = (),
 ) -> Bundle:
     """Load `x`: a known name (`smollm2`), a model directory, a GGUF file, an adapter directory that names its base, or a
     hub repository. `adapter`: a PEFT LoRA directory to put on top. `dtype` None keeps what is stored; packed GGUF
-    tensors become bf16. `accept` adopts edited files; `allow_unknown` names config keys to carry unread.
+    tensors become bf16. `extend`: how the context is made longer, as KIND:FACTOR, such as `yarn:4` (see `models/context.py`);
+    an adapter that was trained so brings it along. `accept` adopts edited files, and an adapter of other base weights or
+    another extension; `allow_unknown` names config keys to carry unread.
 
     Raises `FileError` for what is missing, damaged or edited, `ConfigError` for what cannot be expressed.
     """
@@ -132,15 +139,43 @@ def load(
             raise TriviumError(f"{path}: this adapter does not name its base; load the base and give the adapter beside it")
         if adapter is not None:
             raise TriviumError(f"{path} is an adapter itself; load its base ({base}) to put {adapter} on top")
-        return load(base, adapter=path, dtype=dtype, device=device, accept=accept, allow_unknown=allow_unknown)
+        return load(base, adapter=path, dtype=dtype, device=device, extend=extend, accept=accept, allow_unknown=allow_unknown)
+    if adapter is not None:
+        extend = _as_trained(adapter, extend, accept=accept)
     if path.is_file():
         bundle = _from_gguf(path, dtype=dtype, device=device, allow_unknown=allow_unknown)
     else:
         bundle = _from_directory(path, dtype=dtype, device=device, accept=accept, allow_unknown=allow_unknown)
+    if extend is not None:
+        bundle = extended(bundle, extend)
     if adapter is not None:
         peft.read(adapter, bundle.model, family=bundle.family, base=path if path.is_dir() else None, accept=accept)
         bundle.adapter = str(adapter)
     return bundle
+
+
+def _as_trained(adapter: str | Path, extend: str | None, *, accept: bool) -> str | None:
+    """The extension to load the base with: the one that is asked for, and that the adapter was trained with."""
+    record = peft.read_record(adapter)
+    if record is None or record.extend is None or (accept and extend is not None):
+        return extend
+    if extend is not None and Extension.parse(extend) != Extension.parse(record.extend):
+        raise ConfigError(
+            f"{adapter}: was trained with extend={record.extend}, not {extend}; leave it out, or accept the difference", field="extend"
+        )
+    return record.extend
+
+
+def extended(bundle: Bundle, extend: str) -> Bundle:
+    """`bundle` with its context made longer, as KIND:FACTOR; its tensors are shared, and its lineage tells."""
+    how, before = Extension.parse(extend), bundle.spec.context
+    model = apply_passes(build(how.apply(bundle.spec)), bundle.passes)
+    directory.fill(
+        model, {name: Lazy.of(parameter.detach()) for name, parameter in bundle.model.named_parameters()}, device=bundle.model.device
+    )
+    log.say(f"context extended from {before} to {model.spec.context} tokens ({how})")
+    made = replace(bundle, model=model.eval(), extended=str(how))
+    return made.since("extend", how=str(how), before=before, after=model.spec.context)
 
 
 def locate(x: str | Path) -> Path:
@@ -152,10 +187,10 @@ def _from_directory(
     path: Path, *, dtype: str | torch.dtype | None, device: str | torch.device | None, accept: bool, allow_unknown: Collection[str]
 ) -> Bundle:
     loaded = directory.read(path, dtype=dtype, device=device, accept=accept, allow_unknown=allow_unknown)
-    tokenizer = Tokenizer.load(path)
+    model, tokenizer = _one_stack(loaded.model, path), Tokenizer.load(path)
     generation = path / directory.GENERATION
     return Bundle(
-        model=loaded.model,
+        model=model,
         tokenizer=tokenizer,
         prompt=Prompt.load(path, tokenizer),
         path=path,
@@ -164,6 +199,18 @@ def _from_directory(
         generation_config=files.read_json(generation) if generation.is_file() else None,
         lineage=loaded.lineage,
         digest=directory.weights_digest(path),
+    )
+
+
+def _one_stack(model: BuiltModel[Any], path: Path) -> TransformerModel:
+    """What the recipes work on; other assemblies are used from Python."""
+    if isinstance(model, TransformerModel):
+        return model
+    raise ConfigError(
+        f"{path}: holds a model of kind {model.spec.kind!r}, and this works on a single stack ('transformer'); read it with "
+        "trivium.io.directory.read and use it from Python",
+        field="kind",
+        value=model.spec.kind,
     )
 
 
@@ -177,7 +224,7 @@ def _from_gguf(path: Path, *, dtype: str | torch.dtype | None, device: str | tor
     tokenizer = Tokenizer.from_gguf(found.tokenizer)
     lineage = gguf_lineage(path, wanted)
     return Bundle(
-        model=model,
+        model=_one_stack(model, path),
         tokenizer=tokenizer,
         prompt=Prompt.of(tokenizer, found.chat_template, found.generation_config, None),
         path=path,

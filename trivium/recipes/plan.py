@@ -23,7 +23,7 @@ class Ask(SFT):
 def plan(config: SFT, *, bundle: Bundle | None = None) -> Plan:
     """Memory, disk, steps and time of `sft(config)`. Without data, of full rows, which is the most that data can ask for;
     then without `train.steps`, of one step."""
-    bundle = bundle or load(config.model, dtype=config.train.precision)
+    bundle = bundle or load(config.model, dtype=config.train.precision, extend=config.extend)
     if config.data:
         data, _ = prepared(config, bundle)
         return foresee(config, bundle.model, data, adapter=config.adapter)

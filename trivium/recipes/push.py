@@ -17,6 +17,7 @@ from ..core.errors import FileError, TriviumError
 from ..core.log import log
 from ..evaluate import results
 from ..io import directory, files, peft
+from ..models.transformer import Transformer
 
 CARD = "README.md"
 BEGIN, END = "<!-- trivium: generated from here -->", "<!-- trivium: to here -->"
@@ -117,11 +118,12 @@ def _body(path: Path, found: Sequence[results.Result]) -> list[str]:
     record = directory.read_record(path)
     if record is not None:
         spec = record.spec
-        lines += [
-            f"{len(spec.layers)} layers of width {spec.dim}, a vocabulary of {spec.vocab}"
-            + (f", a context of {spec.context} tokens." if spec.context else "."),
-            "",
-        ]
+        if isinstance(spec, Transformer):
+            lines += [
+                f"{len(spec.layers)} layers of width {spec.dim}, a vocabulary of {spec.vocab}"
+                + (f", a context of {spec.context} tokens." if spec.context else "."),
+                "",
+            ]
         lines += ["## How it came to be", ""]
         lines += [f"{number}. {_step(step)}" for number, step in enumerate(record.lineage, start=1)] or ["It is not recorded."]
         lines += ["", "## Hashes", "", "| file | SHA-256 |", "|---|---|"]

@@ -23,6 +23,7 @@ from ..data.bank import Prepared
 from ..data.batches import Batches, ordered
 from ..data.inspect import inspect, paint, spans
 from ..io import files, peft
+from ..models.context import check_length
 from ..optim.optimizers import AdamW, Optimizer
 from ..optim.schedules import Cosine, Schedule
 from ..train.loop import TrainConfig, fit
@@ -39,6 +40,7 @@ class SFT(Spec):
     """What one run of supervised fine-tuning is. The resolved config is saved with the run and runs it again."""
 
     model: str = Field("smollm2", description="name, model directory, GGUF file or hub repository")
+    extend: str | None = Field(None, description="how the model's context is made longer: KIND:FACTOR, such as yarn:4")
     data: tuple[str, ...] = Field(min_length=1, description="training rows: files, folders or globs, or one prepared folder")
     validation: tuple[str, ...] = Field((), description="rows to measure the loss on")
     out: str = Field("runs/sft", description="the run's folder")
@@ -86,7 +88,7 @@ def sft(config: SFT, *, bundle: Bundle | None = None) -> Run:
     Raises `DataError` before the first step for rows that teach nothing, `ConfigError` for a folder of another run.
     """
     out = Path(config.out)
-    bundle = bundle or load(config.model, dtype=config.train.precision)
+    bundle = bundle or load(config.model, dtype=config.train.precision, extend=config.extend)
     train, validation = prepared(config, bundle)
     announce(foresee(config, bundle.model, train, adapter=config.adapter))
     if config.adapter is not None:
@@ -117,7 +119,7 @@ def sft(config: SFT, *, bundle: Bundle | None = None) -> Run:
 def plan(config: SFT, *, bundle: Bundle | None = None) -> dict[str, Any]:
     """What `sft` would do, without doing it: `data`, the inspection of the training rows, `size`, in steps, tokens
     and parameters, and `needs`, in memory, disk and time. Raises what `sft` raises before its first step."""
-    bundle = bundle or load(config.model, dtype=config.train.precision)
+    bundle = bundle or load(config.model, dtype=config.train.precision, extend=config.extend)
     train, _ = prepared(config, bundle)
     needed = foresee(config, bundle.model, train, adapter=config.adapter)
     log.table("plan", ("what", "how much"), needed.rows())
@@ -155,6 +157,8 @@ def prepared(config: SFT, bundle: Bundle) -> tuple[Prepared, Prepared | None]:
             max_empty=config.max_empty,
         )
         log.table(f"{name} data", ("what", "value"), inspect(bank).table())
+        longest = int(bank.index["length"].max(initial=0))
+        check_length(bundle.spec.context, longest, what=f"{name} data: the longest row has", field="data")
         banks.append(bank)
     train, validation = banks
     if train is None:
@@ -198,6 +202,7 @@ def _save(config: SFT, bundle: Bundle, out: Path) -> Path:
     path = out / "adapter"
     base = bundle.path if bundle.path.is_dir() else None
     peft.write(
-        path, bundle.model, family=bundle.family, name=config.adapter.name, base=base, base_name=str(bundle.path.resolve()), overwrite=True
-    )
+        path, bundle.model, family=bundle.family, name=config.adapter.name, base=base, base_name=str(bundle.path.resolve()),
+        extend=bundle.extended, overwrite=True,
+    )  # fmt: skip
     return path

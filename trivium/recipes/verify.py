@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.errors import ConfigError, MissingExtra
 from ..core.log import log
 from ..io import directory
 from ..nn.attention import use_backend
@@ -181,8 +182,8 @@ def _computed(bundle: Bundle) -> Iterator[Check]:
     yield check(f"{len(rows)} rows in a padded batch", lambda: _apart(model, rows, off, packed=False), "each row alone")
     yield check(f"{len(rows)} documents packed in a row", lambda: _apart(model, rows, off, packed=True), "each document alone")
     for name in backends.names():
-        if name != "eager":
-            yield check(f"attention backend {name}", lambda name=name: _with_backend(model, x, name, off), "eager attention")
+        if name != "eager" and (found := _with_backend(model, x, name, off)) is not None:
+            yield check(f"attention backend {name}", lambda found=found: found, "eager attention")
 
 
 def _cached(model: Any, x: Tensor, size: int) -> Tensor:
@@ -205,10 +206,14 @@ def _apart(model: Any, rows: list[list[int]], off: Callable[[Tensor, Tensor], fl
     return max(off(a, b) for a, b in zip(together, alone, strict=True))
 
 
-def _with_backend(model: Any, x: Tensor, name: str, off: Callable[[Tensor, Tensor], float]) -> float:
+def _with_backend(model: Any, x: Tensor, name: str, off: Callable[[Tensor, Tensor], float]) -> float | None:
+    """None where the backend says that it cannot do what this model asks, on this machine."""
     use_backend(model, "eager")
     reference = model(x).logits.float()
     use_backend(model, name)
-    found = off(model(x).logits, reference)
-    use_backend(model, "auto")
-    return found
+    try:
+        return off(model(x).logits, reference)
+    except (ConfigError, MissingExtra):
+        return None
+    finally:
+        use_backend(model, "auto")

@@ -2,7 +2,7 @@
 
 Weights are added up over the global batch before any forward, so that micro-batches of unequal size add up to the one batch exactly.
 Batch i and the dropout of each forward are pure functions of the seed, so a run that was killed goes on as if it had not been,
-bit for bit. Left out until something needs them: more than one process, terms that are not linear in rows.
+bit for bit. Left out until something needs it: more than one process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from pydantic import Field, SerializeAsAny
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.config import diff
 from ..core.device import dtype
@@ -131,7 +131,7 @@ def fit(
     with checkpoint.locked(directory), _own_randomness(model), faster, _signals() as interrupted:
         checkpoint.clean(directory)
         masters = Masters(model, optim, dtype=dtype(config.precision))
-        step = start = _resume(directory, masters, about)
+        step = start = _resume(directory, masters, about, moved=objective.moved(model))
         checkpoint.prune(directory, step, keep=config.keep_last)  # the save may have been the last thing done
         update = _Update(model, masters, batches, objective=objective, schedule=schedule, config=config, total=total)
         saved = directory / f"checkpoint-{step}"
@@ -147,7 +147,7 @@ def fit(
                 progress.advance(1, **{name: row[name] for name in ("loss", "targets_per_second") if name in row})
                 if interrupted() or _due(step, config.save_every, total):
                     rows.sync()  # before the checkpoint that vouches for them
-                    saved = _save(directory, step, masters, about)
+                    saved = _save(directory, step, masters, about, moved=objective.moved(model))
                     checkpoint.prune(directory, step, keep=config.keep_last)
                 if interrupted():
                     raise Interrupted(step, saved)
@@ -190,6 +190,7 @@ class _Update:
         self._check(step, {**means, "gradient norm": norm})
         factor = self.schedule.factor(step, self.total)
         self.masters.step(factor)
+        self.objective.updated(self.model)
         seconds = time.perf_counter() - began
         targets, tokens = int(batch.targets.sum()), int((batch.segments >= 0).sum())
         return {
@@ -225,7 +226,8 @@ class _Update:
                 )
 
 
-def _resume(directory: Path, masters: Masters, about: Mapping[str, Any]) -> int:
+@torch.no_grad()
+def _resume(directory: Path, masters: Masters, about: Mapping[str, Any], *, moved: Mapping[str, Tensor]) -> int:
     """Restores the newest whole checkpoint, if there is one; returns the number of updates made so far."""
     found = checkpoint.latest(directory)
     if found is None:
@@ -237,12 +239,16 @@ def _resume(directory: Path, masters: Masters, about: Mapping[str, Any]) -> int:
     for path, was, now in diff(found.state["machine"], _machine()):
         log.warn(f"resuming with another {path} ({was} before, {now} now): results can differ in their last bits")
     masters.load({name: found.tensors(name) for name in ("parameters", "optimizer")})
+    if moved:
+        held = found.tensors("moved")
+        for name, tensor in moved.items():
+            tensor.copy_(held[name])
     log.say(f"going on from {found.path}")
     return found.step
 
 
-def _save(directory: Path, step: int, masters: Masters, about: Mapping[str, Any]) -> Path:
-    tensors = masters.state()
+def _save(directory: Path, step: int, masters: Masters, about: Mapping[str, Any], *, moved: Mapping[str, Tensor]) -> Path:
+    tensors = masters.state() | ({"moved": dict(moved)} if moved else {})
     for name, tensor in tensors["parameters"].items():
         if not tensor.isfinite().all():
             raise TriviumError(f"after step {step} the parameter {name} is not finite; it was not saved. Lower optim.lr")

@@ -116,7 +116,9 @@ def _in_family(path: Path, model: TransformerModel, rest: Mapping[str, Any]) -> 
         config = family.to_hf(model.spec, rest)
     except ConfigError as error:
         raise ConfigError(f"{path}: GGUF's architecture {ARCH!r} cannot hold this model: {error}", field=error.field) from None
-    return config, backward(family.rules(model.spec), {name: Lazy.of(parameter.detach()) for name, parameter in model.named_parameters()})
+    return config, backward(
+        family.weight_rules(model.spec), {name: Lazy.of(parameter.detach()) for name, parameter in model.named_parameters()}
+    )
 
 
 def _keys(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:

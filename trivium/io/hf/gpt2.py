@@ -6,13 +6,13 @@ GPT-1 has its norms after the sums and none at the end, GPT-2 before them. Both 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field
 
 from ...core.errors import ConfigError
-from ...core.spec import Spec, validate
+from ...core.spec import Spec
 from ...models.block import Block
 from ...models.transformer import Transformer
 from ...nn.activations import GELU, Activation, ReLU, SiLU
@@ -89,7 +89,7 @@ class GPT1(Family):
     keys = GPT1Keys
     carried = CARRIED
     activation_key = "afn"
-    spelled: tuple[str, ...] = ("afn",)  # keys of which several values mean the same
+    spelled = ("afn",)
     activations = GPT1_ACTIVATIONS
     tables = ("tokens_embed", "positions_embed")
 
@@ -98,21 +98,6 @@ class GPT1(Family):
 
     def unknown_keys(self, config: Mapping[str, Any]) -> list[str]:
         return [key for key in super().unknown_keys(config) if key not in LEGACY]
-
-    def to_spec(self, config: Mapping[str, Any], *, allow_unknown: Collection[str] = ()) -> tuple[Transformer, dict[str, Any]]:
-        """As for any family. `rest` also holds what the file says in one of several ways, as it says it."""
-        spec, rest = super().to_spec(config, allow_unknown=allow_unknown)
-        return spec, {**rest, **{key: config[key] for key in self.spelled if key in config}}
-
-    def to_hf(self, spec: Transformer, rest: Mapping[str, Any]) -> dict[str, Any]:
-        config = super().to_hf(spec, rest)
-        for key in self.spelled:
-            if key in rest and self._said({**config, key: rest[key]}) == self._said(config):
-                config[key] = rest[key]
-        return config
-
-    def _said(self, config: Mapping[str, Any]) -> Transformer:
-        return self.spec(validate(self.keys, {key: value for key, value in config.items() if key in self.keys.model_fields}))
 
     def spec(self, keys: Any) -> Transformer:
         return shape(keys, Block(mixer=self.attention(keys), ffn=self.mlp(keys, keys.afn, None), norm_at="post"), final_norm=NoNorm())

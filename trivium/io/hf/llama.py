@@ -6,8 +6,8 @@ arXiv:2407.21783, arXiv:2310.06825.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -33,6 +33,19 @@ CARRIED = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "attention_dropout": 0.0,
+}
+
+
+NAMES = {
+    "input_layernorm": "mixer_norm",
+    "self_attn.q_proj": "mixer.inp.q",
+    "self_attn.k_proj": "mixer.inp.k",
+    "self_attn.v_proj": "mixer.inp.v",
+    "self_attn.o_proj": "mixer.out",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn.inp.gate",
+    "mlp.up_proj": "ffn.inp.up",
+    "mlp.down_proj": "ffn.out",
 }
 
 
@@ -72,6 +85,8 @@ class Llama(Family):
     architecture = "LlamaForCausalLM"
     keys = LlamaKeys
     carried = {**CARRIED, "pretraining_tp": 1}
+    spelled: ClassVar[tuple[str, ...]] = ("rope_parameters",)
+    names: ClassVar[Mapping[str, str]] = NAMES  # the modules of a layer, theirs and ours
 
     def modernize(self, config: dict[str, Any]) -> dict[str, Any]:
         return rope.modernize(config)
@@ -86,26 +101,19 @@ class Llama(Family):
         return {**shared_values(spec, attention, mlp), "attention_bias": bool(attention.bias), "mlp_bias": mlp.bias}
 
     def rules(self, spec: Transformer) -> list[Rule]:
-        layer, ours = "model.layers.{i}", "layers.{i}"
-        names = {
-            "input_layernorm": "mixer_norm",
-            "self_attn.q_proj": "mixer.inp.q",
-            "self_attn.k_proj": "mixer.inp.k",
-            "self_attn.v_proj": "mixer.inp.v",
-            "self_attn.o_proj": "mixer.out",
-            "post_attention_layernorm": "ffn_norm",
-            "mlp.gate_proj": "ffn.inp.gate",
-            "mlp.up_proj": "ffn.inp.up",
-            "mlp.down_proj": "ffn.out",
-        }
+        layer = "model.layers.{i}"
         tied = isinstance(spec.head, LMHead) and spec.head.tied
         return [
             Rename("model.embed_tokens", "embed"),
-            *(Rename(f"{layer}.{theirs}", f"{ours}.{mine}") for theirs, mine in names.items()),
+            *self.layer_rules(spec, layer, "layers.{i}"),
             Rename("model.norm", "final_norm"),
             Drop("lm_head", same_as="model.embed_tokens") if tied else Rename("lm_head", "head.out"),
             Drop(f"{layer}.self_attn.rotary_emb"),  # transformers before 4.32 stored the frequencies
         ]
+
+    def layer_rules(self, spec: Transformer, theirs: str, ours: str) -> list[Rule]:
+        """The rules of one layer, in the order in which transformers has its modules."""
+        return [Rename(f"{theirs}.{name}", f"{ours}.{mine}") for name, mine in self.names.items()]
 
 
 class Mistral(Llama):
@@ -121,34 +129,54 @@ class Mistral(Llama):
 
     def values(self, spec: Transformer) -> dict[str, Any]:
         attention, mlp = parts(self, spec)
-        return {**shared_values(spec, attention, mlp), "sliding_window": attention.pattern.size if isinstance(attention.pattern, Window) else None}
+        return {
+            **shared_values(spec, attention, mlp),
+            "sliding_window": attention.pattern.size if isinstance(attention.pattern, Window) else None,
+        }
 
 
 def shape(keys: Keys, *, pattern: Pattern = Full(), attention_bias: bool = False, mlp_bias: bool = False) -> Transformer:  # noqa: B008 - frozen
     """The spec that the shared keys say, with what a family's own keys add."""
+    fields = {"bias": ("q", "k", "v", "out") if attention_bias else (), "pattern": pattern}
+    block = Block(mixer=attention(keys, fields), ffn=mlp(keys, bias=mlp_bias), norm=RMS(eps=keys.rms_norm_eps))
+    return stack(keys, [block] * keys.num_hidden_layers)
+
+
+def attention(keys: Keys, fields: Mapping[str, Any], *, partial: bool = False) -> Attention:
+    """The attention that the shared keys say, with rotary positions, and with what `fields` say beside or in place of that.
+    `partial`: whether positions may turn a part of each head only."""
+    said = {
+        "heads": keys.num_attention_heads,
+        "kv_heads": keys.num_key_value_heads or keys.num_attention_heads,
+        "head_dim": keys.head_dim or keys.hidden_size // keys.num_attention_heads,
+        "position": rope.to_rope(keys.rope_parameters, positions=keys.max_position_embeddings, partial=partial),
+    }
+    return validate(Attention, {**said, **fields}, where="config.json")
+
+
+def mlp(keys: Keys, *, bias: bool = False) -> MLP:
+    """The gated feed-forward part that the shared keys say."""
     if keys.hidden_act not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ConfigError(
             f"config.json: hidden_act {keys.hidden_act!r} is not supported (known: {known})", field="hidden_act", choices=ACTIVATIONS
         )
-    attention = {
-        "heads": keys.num_attention_heads,
-        "kv_heads": keys.num_key_value_heads or keys.num_attention_heads,
-        "head_dim": keys.head_dim or keys.hidden_size // keys.num_attention_heads,
-        "bias": ("q", "k", "v", "out") if attention_bias else (),
-        "position": rope.to_rope(keys.rope_parameters),
-        "pattern": pattern,
-    }
-    norm = RMS(eps=keys.rms_norm_eps)
-    mlp = MLP(hidden=keys.intermediate_size, activation=ACTIVATIONS[keys.hidden_act], bias=mlp_bias)
+    return MLP(hidden=keys.intermediate_size, activation=ACTIVATIONS[keys.hidden_act], bias=bias)
+
+
+def stack(keys: Keys, blocks: Sequence[Block]) -> Transformer:
+    """The model of these layers, one block for each, within what the shared keys say."""
+    kinds = list(dict.fromkeys(blocks))
+    names = {block: "layer" if len(kinds) == 1 else f"layer{number}" for number, block in enumerate(kinds)}
+    turned = rope.to_rope(keys.rope_parameters, positions=keys.max_position_embeddings, partial=True)
     return Transformer(
         dim=keys.hidden_size,
         vocab=keys.vocab_size,
-        layers=("layer",) * keys.num_hidden_layers,
-        blocks={"layer": Block(mixer=validate(Attention, attention, where="config.json"), ffn=mlp, norm=norm)},
+        layers=tuple(names[block] for block in blocks),
+        blocks={name: block for block, name in names.items()},
         head=LMHead(tied=keys.tie_word_embeddings),
-        final_norm=norm,
-        context=keys.max_position_embeddings,
+        final_norm=RMS(eps=keys.rms_norm_eps),
+        context=rope.context(turned, keys.max_position_embeddings),
     )
 
 
@@ -156,10 +184,18 @@ def parts(family: Family, spec: Transformer) -> tuple[Attention, MLP]:
     """The one attention and the one MLP of a spec that has the shape, or the reason why it does not."""
     if len(spec.blocks) != 1:
         raise family.cannot(f"all its layers must be alike, and this one has {len(spec.blocks)} kinds ({', '.join(spec.blocks)})")
-    (block,) = spec.blocks.values()
-    if not isinstance(block.mixer, Attention) or not isinstance(block.mixer.position, Rope) or not isinstance(block.ffn, MLP):
-        raise family.cannot("each layer must be attention with rotary positions, then an mlp")
-    return block.mixer, block.ffn
+    return turning(family, spec)
+
+
+def turning(family: Family, spec: Transformer) -> tuple[Attention, MLP]:
+    """The attention and the MLP of the first layer that has rotary positions, or the reason why there is none."""
+    for name in spec.layers:
+        block = spec.blocks[name]
+        if not isinstance(block.mixer, Attention) or not isinstance(block.ffn, MLP):
+            break
+        if isinstance(block.mixer.position, Rope):
+            return block.mixer, block.ffn
+    raise family.cannot("each layer must be attention, then an mlp, with rotary positions")
 
 
 def shared_values(spec: Transformer, attention: Attention, mlp: MLP) -> dict[str, Any]:
@@ -174,11 +210,17 @@ def shared_values(spec: Transformer, attention: Attention, mlp: MLP) -> dict[str
         "num_key_value_heads": attention.kv_heads,
         "head_dim": attention.head_dim,
         "hidden_act": next((name for name, activation in ACTIVATIONS.items() if activation == mlp.activation), "silu"),
-        "max_position_embeddings": spec.context or 2048,
+        "max_position_embeddings": rope.positions(attention.position, spec.context or 2048),
         "rms_norm_eps": spec.final_norm.eps if isinstance(spec.final_norm, RMS) else 1e-6,
         "tie_word_embeddings": isinstance(spec.head, LMHead) and spec.head.tied,
         "rope_parameters": rope.from_rope(attention.position),
     }
+
+
+def without_implied(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys without a head_dim that width and heads imply: families whose configs have no such key of their own."""
+    implied = values["head_dim"] * values["num_attention_heads"] == values["hidden_size"]
+    return {key: value for key, value in values.items() if key != "head_dim" or not implied}
 
 
 for _family in (Llama(), Mistral()):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import torch
 
 from ...models.checkpointing import Recompute
 from ...models.ledger import Ledger
-from ...models.transformer import build, initialize
+from ...models.transformer import TransformerModel, build, initialize
 from ...nn.activations import GELU, ReLU, SiLU
 from ...nn.feedforward import MLP
 from ...nn.inputs import Inputs
@@ -22,13 +23,13 @@ from . import Result, experiment, small
 @experiment("gated-activations", "T16.01", "T16.03", question="Do SwiGLU and GeGLU beat GELU at equal parameters?")
 def gated_activations(effort: float) -> Result:
     """A plain GELU mlp of width 4d against gated ones of width 8d/3, six seeds, paired."""
-    steps, seeds, dim = small.steps_of(250, effort), tuple(range(6)), small.DIM
+    steps, seeds, dim = small.steps_of(400, effort), tuple(range(6)), small.DIM
     mlps = {
         "GELU": MLP(hidden=4 * dim, activation=GELU(), gated=False),
         "SwiGLU": MLP(hidden=dim * 8 // 3, activation=SiLU()),
         "GeGLU": MLP(hidden=dim * 8 // 3, activation=GELU()),
     }
-    numbers: dict[str, object] = {"steps": steps, "tokens": steps * small.ROWS * small.LENGTH}
+    numbers: dict[str, Any] = {"steps": steps, "tokens": steps * small.ROWS * small.LENGTH}
     losses = {}
     for name, mlp in mlps.items():
         spec = small.shape(ffn=mlp)
@@ -51,7 +52,7 @@ def gated_activations(effort: float) -> Result:
 def dead(effort: float) -> Result:
     """Plain mlps at ten times the usual rate without warmup; units that are exactly zero on 16,384 held-out tokens."""
     steps, seeds = small.steps_of(150, effort), (0, 1, 2)
-    numbers: dict[str, object] = {"steps": steps, "rate": 3e-2}
+    numbers: dict[str, Any] = {"steps": steps, "rate": 3e-2}
     shares = {}
     for name, activation in (("ReLU", ReLU()), ("GELU", GELU())):
         spec = small.shape(ffn=MLP(hidden=4 * small.DIM, activation=activation, gated=False))
@@ -73,8 +74,8 @@ def dead(effort: float) -> Result:
 def shared_heads(effort: float) -> Result:
     """Eight heads with 8, 2 and 1 kv heads, five seeds paired, equal tokens; and a trained multi-head model turned into one of two kv
     heads by the mean, by the first head and at random, before and after a short training."""
-    steps, seeds = small.steps_of(250, effort), tuple(range(5))
-    numbers: dict[str, object] = {"steps": steps}
+    steps, seeds = small.steps_of(400, effort), tuple(range(5))
+    numbers: dict[str, Any] = {"steps": steps}
     losses, kept = {}, {}
     for name, kv in (("multi-head", 8), ("grouped", 2), ("multi-query", 1)):
         spec = small.shape(attention={"heads": 8, "kv_heads": kv, "head_dim": 16})
@@ -94,7 +95,7 @@ def shared_heads(effort: float) -> Result:
 
 
 @torch.no_grad()
-def pooled(model, how: str):
+def pooled(model: TransformerModel, how: str) -> TransformerModel:
     """A model of two kv heads from one of eight: each the mean of four, their first, or drawn anew."""
     spec = small.shape(attention={"heads": 8, "kv_heads": 2, "head_dim": 16})
     made = initialize(build(spec, device="cpu"), seed=9)
@@ -111,7 +112,7 @@ def pooled(model, how: str):
     return made
 
 
-def uptrained(model, steps: int) -> dict[str, dict[str, float]]:
+def uptrained(model: TransformerModel, steps: int) -> dict[str, dict[str, float]]:
     found = {}
     for how in ("mean", "first", "random"):
         made = pooled(model, how)
@@ -124,7 +125,7 @@ def uptrained(model, steps: int) -> dict[str, dict[str, float]]:
 @experiment("cosine", "T10.06", question="Does cosine decay beat a constant rate at equal steps?")
 def cosine(effort: float) -> Result:
     """Warmup of 5% on both sides, five seeds paired, at three peak rates; each side at its best rate."""
-    steps, seeds, rates = small.steps_of(250, effort), tuple(range(5)), (1e-3, 3e-3, 6e-3)
+    steps, seeds, rates = small.steps_of(400, effort), tuple(range(5)), (1e-3, 3e-3, 6e-3)
     losses = {
         name: {
             rate: [small.held_out(small.train(small.shape(), steps=steps, seed=seed, lr=rate, schedule=schedule)[0]) for seed in seeds]
@@ -147,11 +148,11 @@ def cosine(effort: float) -> Result:
 
 @experiment("dropout", "T17.04", question="Does dropout help on a small corpus that is read many times, and hurt in a single epoch?")
 def dropout(effort: float) -> Result:
-    """Dropout 0.1 on embeddings, attention and sublayers: 60 kB read about 25 times, and fresh text read once."""
+    """Dropout 0.1 on embeddings, attention and sublayers: 60 kB read many times, and fresh text read once."""
     seeds = (0, 1, 2)
-    numbers: dict[str, object] = {}
+    numbers: dict[str, Any] = {}
     gaps = {}
-    for regime, megabytes, steps in (("overfit", 0.06, small.steps_of(450, effort)), ("single epoch", 3.0, small.steps_of(300, effort))):
+    for regime, megabytes, steps in (("overfit", 0.06, small.steps_of(900, effort)), ("single epoch", 3.0, small.steps_of(600, effort))):
         data = small.banks(small.LENGTH, megabytes)[0]
         sides = []
         for p in (0.0, 0.1):
@@ -170,7 +171,7 @@ def dropout(effort: float) -> Result:
 def norm_speed(effort: float) -> Result:
     """Forward and backward of [2,048, 576] in fp32 and bf16, the library's modules, medians of alternating rounds; and small language
     models with either, three seeds."""
-    numbers: dict[str, object] = {}
+    numbers: dict[str, Any] = {}
     ratios = {}
     for dtype in (torch.float32, torch.bfloat16):
         modules = {"layer": Layer(bias=True).build(576), "rms": RMS().build(576)}

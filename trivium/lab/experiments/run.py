@@ -41,6 +41,7 @@ def main() -> None:
             "numbers": result.numbers,
             "verdict": result.verdict,
         }
+        CLAIMS.mkdir(exist_ok=True)
         files.write_json(CLAIMS / f"{name}.json", claim)
         log.say(f"written: {CLAIMS / name}.json")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from ...core.errors import TriviumError
-from ...models.transformer import build, initialize
+from ...models.transformer import Transformer, TransformerModel, build, initialize
 from ...nn.activations import GELU
 from ...nn.feedforward import MLP
 from ...nn.inputs import Inputs
@@ -24,12 +25,13 @@ def unigram_entropy() -> float:
     return float(-(shares * shares.log()).sum())
 
 
-def gradient_ratio(model: torch.nn.Module) -> float:
+def gradient_ratio(model: TransformerModel) -> float:
     """The first layer's gradient norm over the last one's, on one batch; 0 where the last one's is 0 too."""
     batch = small.banks()[0]
     tokens = torch.from_numpy(batch.tokens[: 8 * small.LENGTH].astype("int64")).view(8, -1)
     model.zero_grad()
     logits = model(Inputs(tokens)).logits
+    assert logits is not None
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     norms = [
         float(torch.stack([p.grad.square().sum() for p in layer.parameters() if p.grad is not None]).sum().sqrt())
@@ -42,7 +44,7 @@ def gradient_ratio(model: torch.nn.Module) -> float:
 def residuals(effort: float) -> Result:
     """The same 100 thin layers with and without residual connections, pre-norm, from Xavier's start, seeds 0 and 1."""
     steps, floor = small.steps_of(240, effort), unigram_entropy()
-    numbers: dict[str, object] = {"layers": 100, "dim": 32, "steps": steps, "unigram entropy, nats": floor}
+    numbers: dict[str, Any] = {"layers": 100, "dim": 32, "steps": steps, "unigram entropy, nats": floor}
     found = {}
     for name, residual in (("with", Plain()), ("without", NoResidual())):
         spec = small.shape(dim=32, layers=100 if effort >= 1 else 8, residual=residual)
@@ -62,7 +64,7 @@ def residuals(effort: float) -> Result:
     return Result(numbers, verdict, (0, 1))
 
 
-def trains(spec, lr: float, seed: int, steps: int, *, warmup: float = 0.0) -> float:
+def trains(spec: Transformer, lr: float, seed: int, steps: int, *, warmup: float = 0.0) -> float:
     """Held-out loss after training at a constant rate; infinite where a loss was not finite."""
     try:
         return small.held_out(small.train(spec, steps=steps, seed=seed, lr=lr, schedule=Constant(warmup=warmup), rows=8)[0])
@@ -75,7 +77,7 @@ def layer_norm(effort: float) -> Result:
     """The largest constant rate, in steps of a factor of about 3, at which a 6-layer model still ends below the unigram entropy."""
     steps, floor = small.steps_of(150, effort), unigram_entropy()
     rates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-    numbers: dict[str, object] = {"steps": steps, "unigram entropy, nats": floor, "rates": rates}
+    numbers: dict[str, Any] = {"steps": steps, "unigram entropy, nats": floor, "rates": rates}
     largest: dict[str, list[float]] = {}
     for name, norm in (("with", Layer()), ("without", NoNorm())):
         base = small.shape(layers=6, norm=norm)
@@ -85,7 +87,7 @@ def layer_norm(effort: float) -> Result:
         numbers[name] = {
             "held-out loss by seed and rate": {str(k): [x if math.isfinite(x) else None for x in v] for k, v in losses.items()}
         }
-        numbers[name]["largest stable rate by seed"] = largest[name]  # type: ignore[index]
+        numbers[name]["largest stable rate by seed"] = largest[name]
     holds = min(largest["with"]) > max(largest["without"])
     verdict = (
         f"{'Holds' if holds else 'Does not hold'}: the largest rate that trains is {largest['with']} with layer norm and {largest['without']} "
@@ -99,10 +101,10 @@ def norm_placement(effort: float) -> Result:
     """12 layers, pre and post norm, without warmup and with (a third of the steps), over learning rates; layer norm, GELU."""
     steps = small.steps_of(180, effort)
     rates, seeds = (1e-3, 3e-3, 6e-3), (0, 1, 2)
-    numbers: dict[str, object] = {"layers": 12, "steps": steps, "rates": rates}
+    numbers: dict[str, Any] = {"layers": 12, "steps": steps, "rates": rates}
     losses: dict[tuple[str, str], dict[float, list[float]]] = {}
     for norm_at in ("pre", "post"):
-        mlp = MLP(hidden=4 * small.DIM // 2, activation=GELU(), gated=False)
+        mlp = MLP(hidden=256, activation=GELU(), gated=False)
         spec = small.shape(dim=64, layers=12, norm=Layer(), norm_at=norm_at, ffn=mlp).replace(
             final_norm=Layer() if norm_at == "pre" else NoNorm()
         )
@@ -129,7 +131,7 @@ def norm_placement(effort: float) -> Result:
 @experiment("attention-scale", "T01.01", question="Does dividing by sqrt(d) keep the variance of scores at one?")
 def attention_scale(effort: float) -> Result:
     """Queries and keys drawn from a unit normal; entropy of softmax over 512 keys."""
-    numbers: dict[str, object] = {}
+    numbers: dict[str, Any] = {}
     worst, saturated = 0.0, math.inf
     for dim in (16, 64, 256, 1024):
         torch.manual_seed(dim)
