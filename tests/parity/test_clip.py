@@ -38,7 +38,7 @@ SEES_TOO: dict[str, Any] = {
 }  # fmt: skip
 CLIPS = {"attention_dropout": 0.5, "initializer_factor": 0.5, "projection_dim": 7}
 READS: dict[str, Any] = {
-    "vocab_size": 101, "hidden_size": 36, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 19, "layer_norm_eps": 0.02, "eos_token_id": 90,
 }  # fmt: skip
 READS_TOO: dict[str, Any] = {
@@ -167,17 +167,15 @@ def test_gradients(case):
     weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(2))
     (ours(Inputs(tokens, images=mine)).logits * weight).sum().backward()
     (theirs(input_ids=tokens, pixel_values=other).logits_per_image * weight).sum().backward()
-    torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.scale.weight.grad, theirs.logit_scale.grad, rtol=1e-4, atol=1e-5)
-    for a, b in (
-        (ours.text.layers[0].mixer.inp.q.weight, theirs.text_model.encoder.layers[0].self_attn.q_proj.weight),
-        (ours.vision.embed.start.weight[0], theirs.vision_model.embeddings.class_embedding),
-        (ours.vision.embed.project.weight, theirs.vision_model.embeddings.patch_embedding.weight.flatten(1)),
-    ):
-        grads = torch.autograd.grad(ours(Inputs(tokens, images=mine)).logits.square().sum(), a, allow_unused=True)
-        wanted = torch.autograd.grad(theirs(input_ids=tokens, pixel_values=other).logits_per_image.square().sum(), b, allow_unused=True)
-        if grads[0] is not None and wanted[0] is not None:
-            torch.testing.assert_close(grads[0], wanted[0].view_as(grads[0]), rtol=1e-3, atol=1e-3)
+    pairs = {
+        "pixels": (mine, other),
+        "scale": (ours.scale.weight, theirs.logit_scale),
+        "queries": (ours.text.layers[0].mixer.inp.q.weight, theirs.text_model.encoder.layers[0].self_attn.q_proj.weight),
+        "start": (ours.vision.embed.start.weight, theirs.vision_model.embeddings.class_embedding),
+        "patches": (ours.vision.embed.project.weight, theirs.vision_model.embeddings.patch_embedding.weight),
+    }
+    for name, (a, b) in pairs.items():
+        assert (a.grad - b.grad.view_as(a)).abs().max() < 1e-4 * b.grad.std() if b.dim() else torch.isclose(a.grad, b.grad, rtol=1e-4), name
 
 
 def test_every_tensor_matters(case):

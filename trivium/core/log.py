@@ -7,7 +7,6 @@ The stream is looked up at each call, so that redirecting `sys.stderr` works.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 import time
@@ -78,7 +77,7 @@ class Log:
     def progress(self, description: str, total: int) -> Iterator[Progress]:
         """Shows how much of `total` units is done until the block ends."""
         if self._hushed or not _terminal():
-            yield _Lines(description, total, last=math.inf if self._hushed else time.monotonic())
+            yield _Lines(description, total, silent=self._hushed)
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -106,15 +105,15 @@ class Log:
 class _Lines:
     """Progress without a terminal: a line now and then, and one at the end."""
 
-    def __init__(self, description: str, total: int, *, last: float):
-        self.description, self.total = description, total
+    def __init__(self, description: str, total: int, *, silent: bool):
+        self.description, self.total, self.silent = description, total, silent
         self.done, self.start = 0, time.monotonic()
-        self.last = last
+        self.last = self.start
 
     def advance(self, n: int = 1, **shown: object) -> None:
         self.done += n
         now = time.monotonic()
-        if now - self.last >= PLAIN_SECONDS or (self.done >= self.total and self.last < math.inf):
+        if not self.silent and (self.done >= self.total or now - self.last >= PLAIN_SECONDS):
             self.last = now
             tail = f"  {_pairs(shown)}" if shown else ""
             _write(f"{self.description}: {self.done}/{self.total}  {now - self.start:.1f} s{tail}")

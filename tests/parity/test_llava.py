@@ -1,0 +1,294 @@
+"""LLaVA against transformers, in fp32, on tiny models whose every parameter is redrawn: logits, greedy answers, the way there and back.
+
+Rows have one image, two or none, at different places. A mutation of any one tensor or key on our side alone must show.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+
+from tests.parity import hf
+from tests.parity.test_clip import changed, keys_of
+from trivium.core.errors import ConfigError, TriviumError
+from trivium.infer.generate import generate, generate_naive
+from trivium.infer.sampling import Sampling
+from trivium.io import directory
+from trivium.io.hf import families
+from trivium.io.tensors import read_weights
+from trivium.models.vision_language import VisionLanguageModel
+from trivium.nn.inputs import Inputs
+
+IMAGE = 95
+SEES: dict[str, Any] = {
+    "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 8, "patch_size": 4,
+    "layer_norm_eps": 0.01, "model_type": "clip_vision_model",
+}  # fmt: skip
+SEES_TOO: dict[str, Any] = {
+    "hidden_size": 30, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 5, "image_size": 9, "patch_size": 3,
+    "num_channels": 2, "layer_norm_eps": 0.02, "hidden_act": "gelu", "attention_dropout": 0.5, "model_type": "clip_vision_model",
+}  # fmt: skip
+WRITES: dict[str, Any] = {
+    "vocab_size": 101, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}, "rms_norm_eps": 0.01,
+    "model_type": "llama",
+}  # fmt: skip
+WRITES_TOO: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 36, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 3,
+    "head_dim": 8, "max_position_embeddings": 96, "rope_parameters": {"rope_type": "default", "rope_theta": 20.0}, "sliding_window": 9,
+    "rms_norm_eps": 0.02, "tie_word_embeddings": True, "model_type": "mistral",
+}  # fmt: skip
+TABLE: dict[str, dict[str, Any]] = {
+    "llava": {"vision_config": SEES, "text_config": WRITES, "image_token_index": IMAGE},
+    "llava-mistral": {
+        "vision_config": SEES_TOO, "text_config": WRITES_TOO, "image_token_index": IMAGE - 1, "image_seq_length": 10,
+        "projector_hidden_act": "relu", "vision_feature_select_strategy": "full", "vision_feature_layer": -1,
+        "multimodal_projector_bias": False, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+TOLERANCE = 1e-5  # of the logits' standard deviation
+
+
+def tiny(keys: dict[str, Any]) -> transformers.LlavaForConditionalGeneration:
+    parts = {"vision_config": transformers.CLIPVisionConfig, "text_config": transformers.AutoConfig}
+    vision = transformers.CLIPVisionConfig(**keys["vision_config"])
+    text = parts["text_config"].for_model(**keys["text_config"])
+    config = transformers.LlavaConfig(**{**keys, "vision_config": vision, "text_config": text})
+    model = transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    hf.redraw(model, seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "patch_embedding" in name:
+                parameter.mul_(parameter.shape[1] ** 0.5 / parameter[0].numel() ** 0.5)
+    return model
+
+
+@pytest.fixture(scope="module", params=TABLE)
+def case(request, tmp_path_factory) -> tuple[transformers.LlavaForConditionalGeneration, Path]:
+    """transformers' model and the directory it wrote."""
+    model = tiny(TABLE[request.param])
+    return model, hf.save(model, tmp_path_factory.mktemp(request.param))
+
+
+def vectors(config: Any) -> int:
+    sees = config.vision_config
+    return (sees.image_size // sees.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+
+
+def rows(config: Any) -> list[list[int]]:
+    """Texts with two images, none and one."""
+    generator = torch.Generator().manual_seed(1)
+    image = [config.image_token_index] * vectors(config)
+    words = torch.randint(1, 90, (30,), generator=generator).tolist()
+    return [words[:3] + image + words[3:5] + image, words[5:12], image + words[12:20]]
+
+
+def pictures(config: Any) -> torch.Tensor:
+    """For those rows, in order."""
+    sees = config.vision_config
+    shape = (3, sees.num_channels, sees.image_size, sees.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def batch(config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens padded on the right, and which are there."""
+    texts = rows(config)
+    longest = max(len(text) for text in texts)
+    there = torch.arange(longest) < torch.tensor([len(text) for text in texts])[:, None]
+    return torch.tensor([text + [0] * (longest - len(text)) for text in texts]), there
+
+
+@torch.no_grad()
+def theirs_of(model: transformers.LlavaForConditionalGeneration) -> torch.Tensor:
+    """[N, V], at each token that is there."""
+    tokens, there = batch(model.config)
+    return model(input_ids=tokens, pixel_values=pictures(model.config), attention_mask=there.long()).logits[there]
+
+
+@torch.no_grad()
+def ours_of(model: VisionLanguageModel, config: Any) -> torch.Tensor:
+    tokens, there = batch(config)
+    return model(Inputs(tokens, segments=there.long() - 1, images=pictures(config))).logits[there]
+
+
+def off(model: VisionLanguageModel, config: Any, expected: torch.Tensor) -> float:
+    """The largest difference, in standard deviations."""
+    return ((ours_of(model, config) - expected).abs().max() / expected.std()).item()
+
+
+@pytest.mark.concept("T03.06", part="models/vision_language.py")
+def test_logits(case):
+    theirs, path = case
+    expected = theirs_of(theirs)
+    assert expected.std() > 0.5
+    assert off(directory.read(path).model, theirs.config, expected) < TOLERANCE
+
+
+@pytest.mark.concept("T03.06", part="models/vision_language.py")
+def test_gradients(case):
+    theirs, path = case
+    ours, (tokens, there) = directory.read(path).model, batch(theirs.config)
+    mine, other = (pictures(theirs.config).requires_grad_() for _ in range(2))
+    weight = torch.randn(int(there.sum()), theirs.config.text_config.vocab_size, generator=torch.Generator().manual_seed(2))
+    (ours(Inputs(tokens, segments=there.long() - 1, images=mine)).logits[there] * weight).sum().backward()
+    (theirs(input_ids=tokens, pixel_values=other, attention_mask=there.long()).logits[there] * weight).sum().backward()
+    pairs = {
+        "pixels": (mine, other),
+        "projector": (ours.connector.up.weight, theirs.model.multi_modal_projector.linear_1.weight),
+        "table": (ours.text.embed.weight, theirs.model.language_model.embed_tokens.weight),
+        "vision": (ours.vision.layers[0].ffn.out.weight, theirs.model.vision_tower.encoder.layers[0].mlp.fc2.weight),
+    }
+    for name, (a, b) in pairs.items():
+        assert (a.grad - b.grad).abs().max() < 1e-4 * b.grad.std(), name
+
+
+@pytest.mark.concept("T03.06", part="models/vision_language.py")
+def test_greedy_answers(case):
+    """With the images given once, from the cache, in a batch of different lengths; and naively, and by transformers."""
+    theirs, path = case
+    model, texts, images = directory.read(path).model, rows(theirs.config), pictures(theirs.config)
+    given = [images[:2], None, images[2:]]
+    sampling = Sampling(temperature=0, max_tokens=6)
+    answers = [one.ids for one in generate(model, texts, sampling, images=given)]
+    assert answers == generate_naive(model, texts, sampling, images=given)
+    assert answers == [one.ids for one in generate(model, texts, sampling, images=given, batch=1, chunk=4)]
+    for text, pixels, answer in zip(texts, given, answers, strict=True):
+        prompt = torch.tensor([text])
+        out = theirs.generate(
+            input_ids=prompt,
+            pixel_values=pixels,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert out[0, len(text) :].tolist() == answer
+    swapped = [one.ids for one in generate(model, texts, sampling, images=[images[1:], None, images[:1]])]
+    assert swapped[1] == answers[1] and swapped != answers
+
+
+def test_every_tensor_matters(case):
+    """Changing any one tensor on our side alone breaks parity, but for a bias on the keys, and what comes after the features."""
+    theirs, path = case
+    expected = theirs_of(theirs)
+    loaded = directory.read(path)
+    model, idle = loaded.model.requires_grad_(False), (f"vision.layers.{loaded.spec.depth}.", "vision.final_norm.")
+    for name, parameter in model.named_parameters():
+        before = parameter.clone()
+        parameter.add_(0.1 * torch.randn(before.shape, generator=torch.Generator().manual_seed(0)))
+        there = off(model, theirs.config, expected)
+        assert there < 10 * TOLERANCE if name.endswith("k.bias") or name.startswith(idle) else there > 100 * TOLERANCE, name
+        parameter.copy_(before)
+
+
+def test_every_key_matters(case, tmp_path):
+    """Changing any one key on our side alone breaks parity, is refused, or (dropout, length) shows in the spec."""
+    theirs, path = case
+    expected = theirs_of(theirs)
+    config = json.loads((path / "config.json").read_text())
+    shutil.copy(path / "model.safetensors", tmp_path)
+    spec, refused = directory.read(path).spec, set()
+    for where, value in keys_of(config):
+        key = where[-1]
+        if isinstance(value, bool):
+            other: Any = not value
+        elif "hidden_act" in key:
+            other = "quick_gelu" if value != "quick_gelu" else "gelu"
+        elif key == "rope_parameters":
+            other = {**value, "rope_theta": 7.0}
+        elif key == "vision_feature_select_strategy":
+            other = "full" if value == "default" else "default"
+        elif key == "vision_feature_layer":
+            other = value - 1
+        elif key in ("architectures", "model_type"):
+            continue
+        else:
+            other = 0.75 if "dropout" in key else 5 if value is None else 2 * value
+        (tmp_path / "config.json").write_text(json.dumps(changed(config, where, other)))
+        try:
+            loaded = directory.read(tmp_path)
+            there = off(loaded.model, theirs.config, expected)
+        except TriviumError:
+            refused.add(key)
+            continue
+        if "dropout" in key or key == "max_position_embeddings":
+            assert loaded.spec != spec and there < TOLERANCE, where
+        else:
+            assert there > 100 * TOLERANCE or (key == "tie_word_embeddings" and loaded.spec == spec), where
+    assert not refused & {"layer_norm_eps", "rms_norm_eps", "vision_feature_layer", "rope_parameters"}
+    assert refused >= {"vision_feature_select_strategy", "image_token_index", "multimodal_projector_bias", "hidden_size"}
+
+
+@pytest.mark.concept("T03.06", part="io/hf/llava.py")
+def test_export_is_what_transformers_writes(case, tmp_path):
+    """Files equal byte for byte; transformers loads ours, gives the same and writes the same again."""
+    theirs, path = case
+    loaded = directory.read(path)
+    directory.write(tmp_path / "ours", loaded.model, family=loaded.family, rest=loaded.rest)
+    assert (tmp_path / "ours" / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
+    back, report = type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager", output_loading_info=True)
+    assert not any(report.values()), report
+    assert torch.equal(theirs_of(back), theirs_of(theirs))
+    ours, wanted = (json.loads((where / "config.json").read_text()) for where in (tmp_path / "ours", path))
+    assert ours == wanted
+    again = directory.read(tmp_path / "ours")
+    assert again.spec == loaded.spec and again.rest == loaded.rest
+    directory.write(tmp_path / "native", loaded.model)
+    native = directory.read(tmp_path / "native")
+    assert native.spec == loaded.spec and torch.equal(ours_of(native.model, theirs.config), ours_of(loaded.model, theirs.config))
+
+
+def test_files_of_transformers_4(tmp_path):
+    """What the first files have beside, and the name of the encoder in its tensors."""
+    theirs = tiny(TABLE["llava"])
+    hf.save(theirs, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"ignore_index": -100, "vocab_size": 101, "pad_token_id": 96, "torch_dtype": "float32"}
+    config["text_config"] |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16", "_name_or_path": "somewhere"}
+    config["vision_config"] |= {"vocab_size": 32000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = {name: lazy.load().clone() for name, lazy in read_weights(tmp_path).items()}
+    weights = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in weights.items()}
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    assert off(directory.read(tmp_path).model, theirs.config, theirs_of(theirs)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"vision_feature_layer": [-2, -1]}, "vision_feature_layer"),
+        ({"vision_feature_layer": -5}, "none of the 3 layers"),
+        ({"vision_config": {**SEES, "model_type": "siglip_vision_model"}}, "siglip_vision_model"),
+        ({"text_config": {**WRITES, "model_type": "lama"}}, "llama"),
+        ({"projector_hidden_act": "mish"}, "projector_hidden_act 'mish'"),
+        ({"image_token_index": 200}, "image_token"),
+        ({"image_grid": 3}, "image_grid"),
+    ],
+)
+def test_configs_that_cannot_be_read_say_why(change, message):
+    config = tiny(TABLE["llava"]).config.to_dict()
+    config = {key: value for key, value in config.items() if value is not None}
+    with pytest.raises(TriviumError, match=message):
+        families.get("llava").to_spec({**config, **change})
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"depth": None}, "depth"),
+        ({"connector": {"kind": "resampler", "latents": 3, "heads": 2, "head_dim": 4, "hidden": 9}}, "connector"),
+        ({"connector": {"kind": "mlp", "hidden": 9}}, "hidden"),
+    ],
+)
+def test_what_the_family_cannot_say_is_refused(change, reason, tmp_path):
+    loaded = directory.read(hf.save(tiny(TABLE["llava"]), tmp_path))
+    with pytest.raises(ConfigError, match=reason):
+        families.get("llava").to_hf(loaded.spec.replace(**change), loaded.rest)
