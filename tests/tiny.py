@@ -34,7 +34,7 @@ from trivium.nn.patterns_sparse import SinkWindow
 from trivium.nn.positions import Position, Rope
 from trivium.nn.positions_absolute import Absolute
 from trivium.nn.positions_relative import RelativeBias
-from trivium.nn.residual import Residual
+from trivium.nn.residual import Gated, Residual
 from trivium.nn.rope_scaling import RopeScaling
 from trivium.nn.routing import Groups
 from trivium.nn.sparse import Indexer
@@ -65,12 +65,14 @@ FORMS: dict[str, Part] = {  # further forms of a part that take another path thr
     ),
     "ffn-moe-capacity": MoE(experts=4, top_k=2, expert=MLP(hidden=12), capacity=0.8),
     "mixer-linear-attention-plain": LinearAttention(heads=3, head_dim=8, features=IdentityFeatures(), normalize=False, bias=("q", "out")),
+    "mixer-cross-latest": CrossAttention(heads=3, kv_heads=3, head_dim=8, memory_dim=20, latest=7),
     "mixer-gated-unit-quadratic": GatedUnit(inner=20, key_dim=8, form="quadratic", span=4),
     "mixer-compressive-plain": Compressive(heads=6, kv_heads=3, head_dim=8, size=4, memory=5, through=True),
     "mixer-compressive-pooled": Compressive(heads=6, kv_heads=2, head_dim=8, size=2, memory=2, compressed=2, rate=2, pool="max"),
     "mixer-infini-linear": Infini(heads=4, kv_heads=4, head_dim=8, size=3, update="linear"),
     "mixer-low-rank-one-map": LowRank(heads=6, kv_heads=2, head_dim=8, size=5, rank=5, blocks=1, one_map=True, through=False),
     "pattern-sinks-absolute": SinkWindow(size=3, first=2),
+    "residual-gated-channels": Gated(over="channel", start=0.3),
     "residual-hyper-free": Hyper(streams=2, constrained=False, end="mean"),
     "residual-hyper-static": Hyper(streams=3, dynamic=False, rounds=5),
     "activation-gelu-exact": GELU(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ from pydantic import Field, SerializeAsAny
 
 from trivium import cli
 from trivium.cli.options import Configs, Flags, UsageError, answer, describe, pairs, resolve
-from trivium.core.errors import FileError
+from trivium.core.errors import ConfigError, FileError, TriviumError
+from trivium.core.imports import import_file
 from trivium.core.registry import Registry
 from trivium.core.spec import Part, Spec
 
@@ -241,3 +243,70 @@ def test_doctor_measures_and_advises():
     report["cache"]["disk free GiB"], report["matmul"] = 0.5, {"fp32 TFLOP/s": 2.0, "bf16 TFLOP/s": 1.0}
     report["torch"]["cuda build"], report["gpu"] = "13.0", {"devices": 0}
     assert len(doctor._advice(report)) == 5
+
+
+PART = """
+from typing import Literal
+from trivium.nn.activations import Activation, SiLU
+
+class Loud(Activation):
+    kind: Literal["loud"] = "loud"
+    def build(self):
+        return SiLU().build()
+"""
+LOUD = '{"dim": 8, "vocab": 9, "layers": ["a"], "blocks": {"a": {"ffn": {"kind": "mlp", "hidden": 4, "activation": "loud"}}}}'
+
+
+def test_import_makes_parts_known_where_the_user_says_so(tmp_path):
+    """Before any command, as often as it is given; a file in or beside what is read is never run by itself."""
+    (tmp_path / "loud.py").write_text(PART)
+    (tmp_path / "model.json").write_text(LOUD)
+    said = run("inspect", str(tmp_path / "model.json"))
+    assert said.returncode == 1 and "unknown activation 'loud'" in said.stderr and said.stderr.count("\n") == 1
+    for words in (("--import", str(tmp_path / "loud.py")), (f"--import={tmp_path / 'loud.py'}", "--import", str(tmp_path / "loud.py"))):
+        done = run("inspect", *words, str(tmp_path / "model.json"), "--json")
+        assert done.returncode == 0 and json.loads(done.stdout)["spec"]["blocks"]["a"]["ffn"]["activation"]["kind"] == "loud", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "message"),
+    [
+        (None, 1, "is no Python file that could be imported"),
+        ("x = 1\ny = x +\n", 1, "line 2: SyntaxError"),
+        ("x = 1\n\nundefined\n", 1, "line 3: NameError: name 'undefined' is not defined"),
+        ("", 2, "--import needs the file to import"),
+    ],
+)
+def test_import_of_what_fails_is_one_line(tmp_path, text, status, message):
+    file = tmp_path / "part.py"
+    if text:
+        file.write_text(text)
+    done = run("concepts", "--import", *(() if text == "" else (str(file),)))
+    assert done.returncode == status and message in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_imported_files_are_run_once_and_take_no_other_modules_name(tmp_path):
+    file = tmp_path / "counted_part.py"
+    file.write_text("import builtins\nbuiltins.counted = getattr(builtins, 'counted', 0) + 1\n")
+    assert import_file(file) is import_file(str(file)) and builtins.counted == 1  # type: ignore[attr-defined]
+    (tmp_path / "json.py").write_text("")
+    with pytest.raises(ConfigError, match="called 'json' is there already"):
+        import_file(tmp_path / "json.py")
+    file.with_name("failing_part.py").write_text("raise RuntimeError('first try')")
+    for _ in range(2):
+        with pytest.raises(TriviumError, match="line 1: RuntimeError: first try"):
+            import_file(file.with_name("failing_part.py"))
+
+
+class Plan(Spec):
+    job: Job | None = Field(None, description="What is run.")
+    others: dict[str, Job] = Field({}, description="What else is.")
+
+
+def test_help_shows_fields_of_what_may_be_absent_and_of_what_the_user_names():
+    rows = {line.split()[0]: line for line in describe(f"{__name__}:Plan").splitlines() if line.startswith(("--job", "--others"))}
+    assert list(rows) == [
+        "--job", "--job.data", "--job.optim", "--job.optim.lr",
+        "--others", "--others.NAME.data", "--others.NAME.optim", "--others.NAME.optim.lr",
+    ]  # fmt: skip
+    assert "one of adam, muon" in rows["--job.optim"] and "null" in rows["--job"] and "(required)" in rows["--others.NAME.data"]

@@ -148,12 +148,12 @@ def test_kernels_compile_for_a_gpu(compiler):
     assert compiler(compiled) == ["_forward", "_backward_queries", "_backward_keys"]
 
 
-@pytest.mark.concept("X.38", part="kernels/triton_attention.py")
-def test_without_a_gpu_tiles_take_its_place(monkeypatch):
+def test_without_a_gpu_it_says_what_to_do(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    problem = Problem(seen="window", count=17, heads=(4, 2), softcap=1.5, sinks=True, bias="learned", width=5)
-    ours, tiled = (problem.run(backends.get(name), torch.float32) for name in ("triton", "tiled"))
-    assert all(torch.equal(ours[name], tiled[name]) for name in tiled)
+    with pytest.raises(ConfigError, match="need a GPU; use 'tiled'") as error:
+        q = torch.randn(1, 1, 3, 4)
+        backends.get("triton")(q, q, q, scale=1.0, causal=True, mask=None)
+    assert error.value.field == "backend" and error.value.value == "triton"
 
 
 def refused() -> tuple[str | None, Any]:

@@ -55,8 +55,8 @@ def test_variants_differ_in_what_was_asked_and_nothing_else(room, tmp_path):
     assert (first.name, second.name) == ("position=rope", "position=none") and first.changes == ()
     assert second.changes and all(path.startswith("model.blocks.layer.mixer.position") for path, *_ in second.changes)
     assert first.config.model.blocks["layer"].mixer.position is not None and second.config.model.blocks["layer"].mixer.position is None
-    grid = plan(job(room, tmp_path, "blocks.*.norm=rms,layer", "optim.lr=1e-3,2e-3", "layers=[layer, layer],[layer]"))
-    assert len(grid) == 8 and grid[0].name == "norm=rms, lr=1e-3, layers=[layer, layer]"
+    grid = plan(job(room, tmp_path, "blocks.*.norm=rms,layer", "optim.lr=1e-3,2e-3", "layers=2*layer,[layer]"))
+    assert len(grid) == 8 and grid[0].name == "norm=rms, lr=1e-3, layers=2*layer"
     assert isinstance(grid[-1].config.model.blocks["layer"].norm, Layer) and grid[-1].config.optim.lr == 2e-3
     assert len(grid[-1].config.model.layers) == 1 and grid[-1].facts["parameters"] < grid[0].facts["parameters"]
 

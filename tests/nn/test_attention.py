@@ -18,8 +18,8 @@ from trivium.nn.linear import Linear
 from trivium.nn.patterns import Window
 from trivium.nn.step import Step, find_documents, find_runs
 
-# flash needs a GPU, flex has no gradients without one: see test_backends.py
-BACKENDS = pytest.mark.parametrize("name", [name for name in backends.names() if name not in ("flash", "flex")])
+# flash and triton need a GPU, flex has no gradients without one: see test_backends.py
+BACKENDS = pytest.mark.parametrize("name", [name for name in backends.names() if name not in ("flash", "flex", "triton")])
 
 
 def draw(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:

@@ -15,12 +15,14 @@ from tests.parity import (
     test_bart,
     test_bert,
     test_causal_classifiers,
+    test_clip,
     test_deepseek,
     test_dense,
     test_gemma,
     test_gpt2,
     test_gpt_oss,
     test_llama,
+    test_llava,
     test_mamba,
     test_mixtral,
     test_qwen3_next,
@@ -32,24 +34,30 @@ from trivium.nn.inputs import Inputs
 from trivium.recipes.inspect import inspect
 from trivium.recipes.sheet import sheet, unloaded
 
-SEVERAL = (test_bert, test_causal_classifiers, test_deepseek, test_dense, test_gemma, test_gpt2, test_llama, test_mamba, test_mixtral)
-ONE = {"bart": test_bart, "gpt_oss": test_gpt_oss, "qwen3_next": test_qwen3_next, "t5": test_t5}
+SEVERAL = (
+    *(test_bert, test_causal_classifiers, test_clip, test_deepseek, test_dense, test_gemma, test_gpt2, test_llama, test_mamba),
+    test_mixtral,
+)
+ONE = {"bart": test_bart, "gpt_oss": test_gpt_oss, "llava": test_llava, "qwen3_next": test_qwen3_next, "t5": test_t5}
 TABLE: dict[str, tuple[str, dict[str, Any]]] = {f"{m.__name__[18:]}-{name}": case for m in SEVERAL for name, case in m.TABLE.items()} | {
     f"{kind}-{name}": (kind, keys) for kind, m in ONE.items() for name, keys in m.TABLE.items()
 }
 CLASSES = {
     **{kind: model for kind, (_, model) in hf.MODELS.items()},
     "bart": transformers.BartForConditionalGeneration,
+    "llava": transformers.LlavaForConditionalGeneration,
     "t5": transformers.T5ForConditionalGeneration,
 }
 # What transformers keeps, and stores, as buffers: parameters of ours that no gradient or none of its own trains.
 BUFFERS = {"bart": "final_logits_bias", "deepseek_v3": "e_score_correction_bias", "deepseek_v32": "e_score_correction_bias"}
 # Sizes as published, which are the defaults of transformers' configs; those that take seconds to build are left out.
 PUBLISHED = ("bart", "bert", "gemma2", "gemma3_text", "gpt2", "llama", "mamba", "mamba2", "mistral", "mixtral", "olmo2", "openai-gpt")
-PUBLISHED += ("phi3", "qwen2", "qwen3", "roberta", "smollm3", "t5", "xlm-roberta")
+PUBLISHED += ("clip", "clip_text_model", "clip_vision_model", "phi3", "qwen2", "qwen3", "roberta", "smollm3", "t5", "vit", "xlm-roberta")
 
 
 def theirs_of(kind: str, keys: dict[str, Any], *, device: str = "meta") -> transformers.PreTrainedModel:
+    if kind == "llava":
+        return test_llava.tiny(keys)
     model_class = CLASSES.get(kind) or getattr(transformers, kind)
     with torch.device(device):
         model = model_class._from_config(model_class.config_class(**keys), attn_implementation="eager").eval()
@@ -76,10 +84,12 @@ def test_sheet(name, tmp_path):
     assert model is not None and next(model.parameters()).is_meta
     found = sheet(model, context=600)
     assert found["parameters"] == counted(theirs), name
-    if not any(stack["causal"] for stack in found["stacks"].values()):
-        assert not any(stack["cache_bytes_per_token"] for stack in found["stacks"].values())
+    decoders = [stack for stack in found["stacks"].values() if "cache_bytes" in stack["at"]]
+    if not decoders:
+        assert model.spec.kind == "dual_encoder" or not any(stack["causal"] for stack in found["stacks"].values())
+        assert not any(stack["cache_bytes_per_token"] + stack["state_bytes_per_row"] for stack in found["stacks"].values())
         return
-    (stack,) = (stack for stack in found["stacks"].values() if stack["causal"])
+    (stack,) = decoders
     long, short = (model.cache(1, capacity).bytes for capacity in (1200, 600))
     assert stack["cache_bytes_per_token"] * 600 == long - short
     assert stack["state_bytes_per_row"] == short - 600 * stack["cache_bytes_per_token"]

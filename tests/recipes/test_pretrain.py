@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -104,12 +106,16 @@ def test_what_cannot_be_is_refused_before_the_first_step(room, tmp_path):
     assert plan(config(room, tmp_path / "run"))["steps"] == 6 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.concept("X.22", part="recipes/from_scratch.py")
 def test_from_scratch_at_toy_size(tmp_path, trivium):
-    """Tokenizer, model, baselines and a completion from Python files; a second run goes on from what is there."""
+    """Tokenizer, model, baselines, a completion and an adapter from Python files; a second run goes on from what is there, and one
+    elsewhere gives the same."""
     source = tmp_path / "source"
     source.mkdir()
     for i in range(8):
-        (source / f"m{i}.py").write_text("".join(f"def f{j}(a, b):\n    return a * {i} + b - {j}\n\n\n" for j in range(70)))
+        (source / f"m{i}.py").write_text(
+            "".join(f'def f{j}(a, b):\n    """Scale by {i} and shift by {j}."""\n    return a * {i} + b - {j}\n\n\n' for j in range(40))
+        )
     job = FromScratch(
         out=str(tmp_path / "out"),
         text=(str(source),),
@@ -117,14 +123,20 @@ def test_from_scratch_at_toy_size(tmp_path, trivium):
         held_out=2,
         length=64,
         train=TrainConfig(rows=2, steps=3, validate_every=3),
+        teach=TrainConfig(rows=2, steps=12),
     )
     facts = from_scratch(job)
     assert set(facts["bits per byte"]) == {"this model", "5-gram Kneser-Ney, same tokens", "lzma after reading the training text"}
     assert all(0 < value < 9 for value in facts["bits per byte"].values()) and facts["held-out bytes"] > 2000
     assert facts["bits per byte"]["5-gram Kneser-Ney, same tokens"] < 1, "the text repeats itself"
+    taught = facts["docstrings"]
+    assert taught["rows"] == 240 and taught["after"] < taught["before"] - 0.01 and Path(taught["adapter"]).is_dir()
     assert trivium.ok("demo", "--from-scratch", "--dry-run", "--vocab", "300", "--json").json["vocab"] == 300
     again = from_scratch(job)
     assert again["bits per byte"] == facts["bits per byte"] and again["completion"] == facts["completion"]
+    assert again["docstrings"] == taught
+    other = from_scratch(job.replace(out=str(tmp_path / "other")))
+    assert other["bits per byte"] == facts["bits per byte"] and other["docstrings"] == {**taught, "adapter": other["docstrings"]["adapter"]}
 
 
 def test_the_command_trains_and_says_where(room, tmp_path, trivium):

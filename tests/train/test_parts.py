@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+from torch import nn
 
 from tests.data.fakes import FakePrompt
 from trivium.data.batch import Batch
@@ -12,23 +13,31 @@ from trivium.data.batches import Batches
 from trivium.data.prepare import prepare
 from trivium.models.presets import llama
 from trivium.models.transformer import build, initialize
+from trivium.nn.heads_task import Reward
 from trivium.optim.optimizers import AdamW
 from trivium.optim.schedules import Constant
 from trivium.train import history
 from trivium.train.loop import Interrupted, TrainConfig, fit
 from trivium.train.objectives import NextToken, Objective
+from trivium.train.rewards import BradleyTerry
 
 from .toys import Rows, Signalled, model, same, weights
 
 every_objective = pytest.mark.parametrize("spec", [part.tiny() for _, part in Objective.registry.items()], ids=lambda spec: spec.kind)
 
 
+def host(spec: Objective) -> nn.Module:
+    """A model that `spec` can train."""
+    return model(head=Reward()) if isinstance(spec, BradleyTerry) else model()
+
+
 @every_objective
 def test_terms_are_sums_that_are_linear_in_rows(spec):
-    batch, trained = Rows().batch(0), model()
+    batch, trained = Rows().batch(0), host(spec)
     whole = spec.terms(trained, batch)
     assert whole.keys() == spec.weights(batch).keys() and all(term.dim() == 0 and term.isfinite() for term in whole.values())
-    parts = batch.split(3)
+    assert all(whole[name].requires_grad != (name in spec.measured) for name in whole)
+    parts = [batch] if spec.coupled else batch.split(3)
     for name, term in whole.items():
         assert sum(spec.terms(trained, part)[name] for part in parts).item() == pytest.approx(term.item(), rel=1e-5)
         assert sum(spec.weights(part)[name] for part in parts) == pytest.approx(spec.weights(batch)[name])
@@ -36,7 +45,7 @@ def test_terms_are_sums_that_are_linear_in_rows(spec):
 
 @every_objective
 def test_every_parameter_gets_a_finite_gradient(spec):
-    trained = model()
+    trained = host(spec)
     sum(spec.terms(trained, Rows().batch(0)).values()).backward()
     assert all(param.grad is not None and param.grad.isfinite().all() and param.grad.any() for param in trained.parameters())
 

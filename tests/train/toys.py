@@ -18,6 +18,7 @@ from trivium.core.seed import generator
 from trivium.data.batch import Batch
 from trivium.models.presets import llama
 from trivium.models.transformer import build
+from trivium.nn.heads import Head
 from trivium.nn.inputs import Inputs, Output
 from trivium.optim.optimizers import AdamW
 from trivium.optim.schedules import Cosine
@@ -57,7 +58,17 @@ class Rows:
                 segments[row, span] = document
                 targets[row, at + int(torch.randint(2, 4, (), generator=draws)) : at + size] = True
                 at += size
-        return Batch(tokens, segments, targets)
+        return Batch(tokens, segments, targets, self.values(i))
+
+    def values(self, i: int) -> dict[str, torch.Tensor]:
+        """What documents of pairs may have: a reference's log-probability, a margin, whether the first one was liked."""
+        draws = generator(self.seed, "values", i)
+        liked = (-1.0) ** torch.arange(self.rows)
+        return {
+            "reference": -20 - 5 * torch.rand(self.rows, 2, generator=draws),
+            "margin": torch.rand(self.rows, 2, generator=draws),
+            "label": torch.stack([liked, torch.zeros(self.rows)], 1),
+        }
 
 
 @dataclass(frozen=True)
@@ -75,9 +86,11 @@ class Signalled(Rows):
         return super().batch(i)
 
 
-def model(*, lora: float | None = None) -> nn.Module:
+def model(*, lora: float | None = None, head: Head | None = None) -> nn.Module:
     """A tiny Llama with every parameter drawn, so that norms count too; with `lora`, adapters of that dropout and nothing else to train."""
     spec = llama(dim=16, layers=2, heads=4, kv_heads=2, head_dim=4, hidden=24, vocab=VOCAB, context=64)
+    if head is not None:
+        spec = spec.replace(head=head)
     made = build(spec, device="cpu")
     if lora is not None:
         made = LoRA(rank=2, alpha=4.0, targets="all-linear", dropout=lora).apply(made)

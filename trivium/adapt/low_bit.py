@@ -19,7 +19,7 @@ from ..models.model import BuiltModel
 from ..nn.linear import Linear, OwnStart
 from ..nn.low_bit import LowBitLinear, schemes
 from ..nn.norms import Norm
-from .passes import Pass, replace_module, select
+from .passes import Pass, Targets, replace_module, select
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,7 +31,7 @@ class LowBit(Pass):
     weights: str = Field("ternary", description="ternary: -1, 0, 1 (b1.58); sign: -1, 1 (BitNet)")
     activation_bits: int | None = Field(8, ge=2, le=8, description="of the rounded input; none: it is not rounded")
     norm: SerializeAsAny[Norm] | None = Field(None, description="a norm of its own before each map (arXiv:2210.06423)")
-    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+    targets: Targets = Field(
         "all-linear", description="module names or their endings, such as q or ffn.out; all-linear leaves out the head"
     )
 
@@ -40,11 +40,6 @@ class LowBit(Pass):
     def _known(cls, value: str) -> str:
         schemes.get(value)
         return value
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _one_target(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) and value != "all-linear" else value
 
     @classmethod
     def tiny(cls) -> LowBit:

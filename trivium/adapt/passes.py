@@ -7,22 +7,32 @@ filled in. A pass that matches nothing is an error.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
+from pydantic import BeforeValidator
 from torch import nn
 
 from ..core.errors import ConfigError
 from ..core.registry import Registry
 from ..core.spec import Part
 from ..models.model import BuiltModel
-from ..nn.adapted import AdaptedLinear
+from ..nn.adapted import Adapted, AdaptedLinear
 from ..nn.linear import Linear
 
 M = TypeVar("M", bound=BuiltModel[Any])
 
 
+def _one_target(value: object) -> object:
+    return (value,) if isinstance(value, str) and value != "all-linear" else value
+
+
+Targets = Annotated[Literal["all-linear"] | tuple[str, ...], BeforeValidator(_one_target)]
+
+
 class Pass(Part, registry=Registry("pass", "trivium.adapt")):
-    """Root of the passes."""
+    """Root of the passes. `lasting`: whether the model needs it once it is trained; others are not saved."""
+
+    lasting: ClassVar[bool] = True
 
     def change(self, model: BuiltModel[Any]) -> None:
         """Change the model's structure in place. Nothing matched is an error."""
@@ -44,10 +54,15 @@ def apply_passes(model: M, passes: Iterable[Pass]) -> M:
 
 
 def linears(model: nn.Module) -> dict[str, Linear | AdaptedLinear]:
-    """Every linear map that a pass may replace, by its name in the model; what stands inside an adapted one is not listed."""
+    """Every linear map that a pass may replace, by its name in the model; what stands inside an adapted place is not listed."""
     found: dict[str, Linear | AdaptedLinear] = {}
+    inside = None
     for name, module in model.named_modules():
-        if isinstance(module, AdaptedLinear) or (isinstance(module, Linear) and name.rpartition(".")[0] not in found):
+        if inside is not None and name.startswith(inside):
+            continue
+        if isinstance(module, Adapted):
+            inside = f"{name}."
+        if isinstance(module, AdaptedLinear | Linear):
             found[name] = module
     return found
 
@@ -80,7 +95,7 @@ def select(model: nn.Module, targets: Iterable[str] | str, *, what: str) -> dict
     return chosen
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` stands."""
+def replace_module(model: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Put `module` where `name` stands; None: nothing stands there any more."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

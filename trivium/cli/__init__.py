@@ -52,6 +52,7 @@ COMMANDS = (
     Command("ablate", "trivium.cli.ablate:ablate", "Exchange parts, train all variants alike, compare.", "trivium.lab.ablate:Ablate"),
     Command("plan", "trivium.cli.plan:plan", "What a run would need: memory, disk, time; and whether it fits.", "trivium.recipes.plan:Ask"),
     Command("sft", "trivium.cli.sft:sft", "Teach a model from examples (supervised fine-tuning).", "trivium.recipes.sft:SFT"),
+    Command("prefer", "trivium.cli.prefer:prefer", "Teach a model which answers are better (DPO and its kin).", "trivium.recipes.prefer:Prefer"),
     Command("eval run", "trivium.cli.eval:run", "Measure a model on a task.", "trivium.recipes.evaluate:Eval"),
     Command("eval diff", "trivium.cli.eval:diff", "Compare two results, row by row."),
     Command("adapter inspect", "trivium.cli.adapter:inspect", "What an adapter changes, and by how much."),
@@ -71,7 +72,8 @@ GROUPS = {  # of commands of two words
 
 HELP = """Trivium builds, adapts, measures and serves language models, from raw text to agent.
 
-Every command explains itself: trivium COMMAND --help. Add --debug to see where an error came from."""
+Every command explains itself: trivium COMMAND --help. Add --debug to see where an error came from, and --import FILE.py
+to make parts of your own known (more than once for more files)."""
 
 
 def find(tokens: Sequence[str]) -> Command | None:
@@ -115,9 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 0 success, 1 failure, 2 usage, 130 interrupted."""
     tokens = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in tokens
-    tokens = [token for token in tokens if token != "--debug"]
+    tokens, imported = imports([token for token in tokens if token != "--debug"])
     try:
-        status = _run(tokens, debug=debug)
+        status = _run(tokens, imported, debug=debug)
         sys.stdout.flush()
     except KeyboardInterrupt as stopped:  # a run that saved itself says where, and how to go on
         print(str(stopped) or "interrupted", file=sys.stderr)
@@ -128,13 +130,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _run(tokens: list[str], *, debug: bool) -> int:
+def imports(tokens: Sequence[str]) -> tuple[list[str], list[str | None]]:
+    """(what is left, the files of `--import FILE` and `--import=FILE`); None for one that is not named."""
+    rest: list[str] = []
+    files: list[str | None] = []
+    words = iter(tokens)
+    for word in words:
+        if word == "--import":
+            files.append(next(words, None))
+        elif word.startswith("--import="):
+            files.append(word.partition("=")[2])
+        else:
+            rest.append(word)
+    return rest, files
+
+
+def _run(tokens: list[str], imported: Sequence[str | None], *, debug: bool) -> int:
     from cyclopts import CycloptsError
 
+    from ..core.imports import import_file
     from ..core.log import log
 
     asked = find(tokens)
     try:
+        for file in imported:
+            if not file:
+                raise UsageError("--import needs the file to import")
+            import_file(file)
         result = build(asked=asked)(tokens, exit_on_error=False, print_error=False)
         if asked is not None and asked.spec is not None and {"--help", "-h"} & set(tokens):
             from .options import describe

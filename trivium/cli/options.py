@@ -8,7 +8,8 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from cyclopts import Parameter
 
@@ -145,6 +146,9 @@ def _fields(cls: type[Spec], prefix: str, values: Spec | None = None) -> list[tu
         default = None if absent else getattr(values, name) if values else info.get_default(call_default_factory=True)
         kinds = _kinds(info.annotation)
         said = ": ".join(filter(None, (info.description, f"one of {', '.join(kinds)}" if kinds else None)))
+        inner, of = _bare(info.annotation), f"{prefix}{name}."
+        if get_origin(inner) is dict:  # of specs, by names that the user gives
+            inner, of = get_args(inner)[1], f"{prefix}{name}.NAME."
         if isinstance(default, Spec):
             if kind := default.to_dict().get("kind"):
                 rows.append((f"--{prefix}{name}", str(kind), said))
@@ -152,6 +156,8 @@ def _fields(cls: type[Spec], prefix: str, values: Spec | None = None) -> list[tu
             continue
         shown = json.dumps(dict(default) if isinstance(default, Mapping) else default, default=str)
         rows.append((f"--{prefix}{name}", "(required)" if absent else shown, said))
+        if not kinds and not isinstance(default, Spec) and isinstance(inner, type) and issubclass(inner, Spec):
+            rows += _fields(inner, of)
         if absent:
             for kind, member in kinds.items():
                 rows += [(option, value, f"({kind}) {what}") for option, value, what in _fields(member, f"{prefix}{name}.")]
@@ -160,5 +166,13 @@ def _fields(cls: type[Spec], prefix: str, values: Spec | None = None) -> list[tu
 
 def _kinds(annotation: Any) -> Mapping[str, type[Part]]:
     """The members of the open union that a field holds, by kind."""
-    root = annotation if isinstance(annotation, type) and issubclass(annotation, Part) and "registry" in annotation.__dict__ else None
-    return {} if root is None else dict(root.registry.items())
+    root = _bare(annotation)
+    return dict(root.registry.items()) if isinstance(root, type) and issubclass(root, Part) and "registry" in root.__dict__ else {}
+
+
+def _bare(annotation: Any) -> Any:
+    """The type without what is annotated, and without None beside it."""
+    args = [arg for arg in get_args(annotation) if arg is not NoneType]
+    if get_origin(annotation) is Annotated or (get_origin(annotation) in (Union, UnionType) and len(args) == 1):
+        return _bare(args[0])
+    return annotation

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -156,6 +156,17 @@ def _plain(value: Any, *, defaults: bool) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item, defaults=defaults) for item in value]
     return value
+
+
+def parts(spec: Spec) -> Iterator[Part]:
+    """Every part within `spec`, itself included, from the outside in."""
+    if isinstance(spec, Part):
+        yield spec
+    for name in type(spec).model_fields:
+        value = getattr(spec, name)
+        for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else (value,):
+            if isinstance(item, Spec):
+                yield from parts(item)
 
 
 def exemptions(spec: Spec, path: str = "") -> list[tuple[str, str, str]]:

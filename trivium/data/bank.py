@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from .packing import Bins
 INDEX = np.dtype([("offset", "<i8"), ("length", "<i4"), ("supervised", "<i4"), ("source", "<i4"), ("line", "<i8")])
 VERSION = 1
 META = "prepared.json"
-TALLIES = ("empty", "dropped", "truncated", "split")
+TALLIES = ("empty", "dropped", "truncated", "split", "same")
+VALUE = "value-"  # files of what rows have beside tokens
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Facts:
     dropped: Tally
     truncated: Tally
     split: Tally
+    same: Tally = Tally()  # pairs whose two sides are the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +63,23 @@ class Prepared:
     length: int  # tokens that a bin can hold
     facts: Facts
     fingerprint: str  # SHA-256, hex
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)  # each [rows] float32: a number that came with each row
 
     @classmethod
-    def of(cls, tokens: np.ndarray, targets: np.ndarray, index: np.ndarray, bins: Bins, *, length: int, facts: Facts) -> Prepared:
+    def of(
+        cls, tokens: np.ndarray, targets: np.ndarray, index: np.ndarray, bins: Bins, *,
+        length: int, facts: Facts, values: Mapping[str, np.ndarray] | None = None,
+    ) -> Prepared:  # fmt: skip
         """From its arrays, as the fields describe them."""
         digest = hashlib.sha256(json.dumps([VERSION, len(tokens), len(index), len(bins), length, facts.prompt]).encode())
         columns = (index[name] for name in ("offset", "length", "supervised"))
         for array in (tokens, targets, *columns, bins.rows, bins.starts):
             digest.update(np.ascontiguousarray(array).data)
-        return cls(tokens, targets, index, bins, length, facts, digest.hexdigest())
+        values = {name: np.ascontiguousarray(value, np.float32) for name, value in sorted((values or {}).items())}
+        for name, value in values.items():
+            digest.update(name.encode())
+            digest.update(value.data)
+        return cls(tokens, targets, index, bins, length, facts, digest.hexdigest(), values)
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -114,6 +124,7 @@ class Prepared:
 
     def _write(self, directory: Path) -> None:
         arrays = {"tokens": self.tokens, "targets": self.targets, "index": self.index, "rows": self.bins.rows, "starts": self.bins.starts}
+        arrays |= {f"{VALUE}{name}": value for name, value in self.values.items()}
         files = {}
         for name, array in arrays.items():
             path = directory / f"{name}.npy"
@@ -142,14 +153,16 @@ class Prepared:
         try:
             tokens, targets, index = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("tokens", "targets", "index"))
             bins = Bins(*(np.load(directory / f"{name}.npy") for name in ("rows", "starts")))
+            kept = [name.removesuffix(".npy") for name in meta["files"] if name.startswith(VALUE)]
+            values = {name.removeprefix(VALUE): np.load(directory / f"{name}.npy") for name in kept}
         except (ValueError, OSError, EOFError) as error:
             raise FileError(f"{directory}: holds an array that cannot be read ({error}); prepare the data again") from error
-        return cls(tokens, targets, index, bins, meta["length"], _facts(meta["facts"]), meta["fingerprint"])
+        return cls(tokens, targets, index, bins, meta["length"], _facts(meta["facts"]), meta["fingerprint"], values)
 
 
 def _facts(told: Mapping[str, Any]) -> Facts:
     """`Facts` from its `dataclasses.asdict`."""
-    fields: dict[str, Any] = {**told, **{name: Tally(told[name]["count"], tuple(told[name]["first"])) for name in TALLIES}}
+    fields: dict[str, Any] = {**told, **{name: Tally(told[name]["count"], tuple(told[name]["first"])) for name in TALLIES if name in told}}
     return Facts(**fields)
 
 

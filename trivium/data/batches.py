@@ -86,4 +86,15 @@ def collate(bins: Sequence[tuple[Prepared, int]]) -> Batch:
             span = slice(at, at + len(ids))
             tokens[b, span], segments[b, span], targets[b, span] = ids, segment, predicted
             at += len(ids)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(segments), torch.from_numpy(targets))
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(segments), torch.from_numpy(targets), _values(bins))
+
+
+def _values(bins: Sequence[tuple[Prepared, int]]) -> dict[str, torch.Tensor]:
+    """What the data sets keep of their rows beside tokens, by name, each [B, D]."""
+    names = sorted({name for prepared, _ in bins for name in prepared.values})
+    found = {name: torch.zeros(len(bins), max(len(prepared.bins[bin_]) for prepared, bin_ in bins)) for name in names}
+    for b, (prepared, bin_) in enumerate(bins):
+        rows = prepared.bins[bin_]
+        for name, value in prepared.values.items():
+            found[name][b, : len(rows)] = torch.from_numpy(value[rows])
+    return found

@@ -2,7 +2,8 @@
 
 Each format is one entry of a registry: the columns that it uses, what it can feed, and a small converter to an example.
 Formats are told apart by columns; where two fit equally well, the user is asked, never guessed for.
-Preference, labeled and prompt-only rows are recognized, so that using them where they cannot serve is one clear error.
+Preference and labeled rows are read by `data/pairs.py`; they and prompt-only rows are recognized here, so that using them where
+they cannot serve is one clear error.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ Converter = Callable[[Mapping[str, Any]], Example]
 
 @dataclass(frozen=True)
 class Format:
-    """One row format. `convert` turns a row into an example or raises `Misfit`; None: recognized, but nothing is trained on it yet."""
+    """One row format. `convert` turns a row into an example or raises `Misfit`; None: its rows make no example by themselves."""
 
     name: str
     summary: str
@@ -347,6 +348,12 @@ _format(
     takes="system tools",
     convert=_sharegpt,
 )
-_format("preference", "preference: {chosen, rejected, prompt?}", feeds=["preference"], needs="chosen rejected", takes="prompt tools")
+_format(
+    "preference",
+    "preference: {chosen, rejected, prompt?}, strings or messages; or {chosen, rejected, instruction, input?, system?}",
+    feeds=["preference"],
+    needs="chosen rejected",
+    takes="prompt tools instruction input system margin",
+)
 _format("labeled", "labeled: {prompt, completion, label}", feeds=["labels"], needs="prompt completion label", takes="tools")
 _format("prompt", "prompt: {prompt}, further columns reach the reward", feeds=["prompts"], needs="prompt", takes="tools")

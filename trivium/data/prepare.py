@@ -16,7 +16,7 @@ import numpy as np
 from ..core.errors import ConfigError, DataError, TriviumError
 from .bank import INDEX, TALLIES, Facts, Prepared, Tally
 from .formats import Format, Turns, choose, convert
-from .packing import pack
+from .packing import Bins, pack
 from .rows import Record
 
 if TYPE_CHECKING:
@@ -50,12 +50,12 @@ def prepare(
     """
     if length < 2:
         raise ConfigError(f"length: {length} leaves no room for a token and the one before it", field="length", value=length)
-    records = _records(rows)
+    records = numbered(rows)
     head = list(itertools.islice(records, PEEKED))
     if not head:
         raise DataError("no rows: the data is empty")
     chosen = choose(head, name=format)
-    bank = _Bank(length, truncate=too_long == "truncate", stops=frozenset(prompt.stops))
+    bank = Bank(length, truncate=too_long == "truncate", stops=frozenset(prompt.stops))
     for record in itertools.chain(head, records):
         example = convert(record, chosen)
         try:
@@ -67,7 +67,8 @@ def prepare(
     return bank.close(chosen, prompt=prompt.digest(), packing=packing)
 
 
-def _records(rows: Iterable[Record | Mapping[str, Any]]) -> Iterator[Record]:
+def numbered(rows: Iterable[Record | Mapping[str, Any]]) -> Iterator[Record]:
+    """Plain mappings as records that know their place."""
     for number, row in enumerate(rows, start=1):
         yield row if isinstance(row, Record) else Record(dict(row), "rows", number)
 
@@ -84,7 +85,7 @@ class _Tallies(dict[str, tuple[int, list[str]]]):
         return Tally(count, tuple(first))
 
 
-class _Bank:
+class Bank:
     """The growing arrays: no Python object is kept for a token or a row."""
 
     def __init__(self, length: int, *, truncate: bool, stops: frozenset[int]):
@@ -99,9 +100,7 @@ class _Bank:
 
     def add(self, record: Record, rows: list[Row], *, splits: bool) -> None:
         """Take the rows of one example."""
-        self.examples += 1
-        self.sources[record.path] = self.sources.get(record.path, 0) + 1
-        self.numbers.setdefault(record.path, len(self.numbers))
+        self.count(record)
         kept = dropped = False
         for row in rows:
             assert len(row.ids) == len(row.targets), "a target for each id"
@@ -120,12 +119,18 @@ class _Bank:
             if len(ids) > self.length:
                 self.tallies.note("split", place)
             for start in range(0, len(ids) - 1, self.length - 1):
-                self._append(record, ids[start : start + self.length], targets[start : start + self.length])
+                self.append(record, ids[start : start + self.length], targets[start : start + self.length])
         if not kept and not dropped:
             self.tallies.note("empty", record.where)
 
-    def _append(self, record: Record, ids: list[int], targets: list[bool]) -> None:
-        """The first token of a row has none before it to be predicted from, so it is never a target."""
+    def count(self, record: Record) -> None:
+        """One more example was read."""
+        self.examples += 1
+        self.sources[record.path] = self.sources.get(record.path, 0) + 1
+        self.numbers.setdefault(record.path, len(self.numbers))
+
+    def append(self, record: Record, ids: list[int], targets: list[bool]) -> None:
+        """Take one row. The first token of a row has none before it to be predicted from, so it is never a target."""
         self.tokens.extend(ids)
         self.targets.append(0)
         self.targets.extend(targets[1:])
@@ -133,11 +138,12 @@ class _Bank:
         for name, value in row.items():
             self.columns[name].append(value)
 
-    def check(self, *, max_dropped: int | None, max_empty: int | None) -> None:
-        """Raise if more went wrong than was allowed."""
+    def check(self, *, max_dropped: int | None, max_empty: int | None, max_same: int | None = None, kept: int | None = None) -> None:
+        """Raise if more went wrong than was allowed, or nothing is left. `kept`: how much is, where rows are yet to be taken."""
         limits = {
             "empty": (max_empty, "have no token to train on; mend them, or allow them with --max-empty"),
             "dropped": (max_dropped, f"are longer than {self.length} tokens; raise the length, cut them, or allow --max-dropped"),
+            "same": (max_same, "have the same answer as chosen and as rejected, so nothing can be learned from them; allow --max-same"),
         }
         troubles = []
         for kind, (limit, trouble) in limits.items():
@@ -147,11 +153,14 @@ class _Bank:
                 troubles.append(f"{tally.count} of {self.examples} rows {trouble} {tally.count}: {', '.join(tally.first)}{more}")
         if troubles:
             raise DataError("\n".join(troubles))
-        if not self.tokens:
-            raise DataError(f"nothing to train on: all {self.examples} rows were empty or too long")
+        if not (len(self.tokens) if kept is None else kept):
+            alike = ", or the same on both sides" if self.tallies.tally("same").count else ""
+            raise DataError(f"nothing to train on: all {self.examples} rows were empty or too long{alike}")
 
-    def close(self, format: Format, *, prompt: str, packing: str) -> Prepared:
-        """The finished bank."""
+    def close(
+        self, format: Format, *, prompt: str, packing: str, together: int = 1, values: Mapping[str, np.ndarray] | None = None
+    ) -> Prepared:
+        """The finished bank. So many rows at a time stay `together`, in one bin that has room for each; `values`: see `Prepared`."""
         index = np.zeros(len(self.columns["length"]), INDEX)
         for name, column in self.columns.items():
             index[name] = np.frombuffer(column, np.int64)
@@ -159,5 +168,7 @@ class _Bank:
         tallies = {kind: self.tallies.tally(kind) for kind in TALLIES}
         facts = Facts(format.name, packing, prompt, self.examples, self.sources, **tallies)
         bits = np.packbits(np.frombuffer(self.targets, np.uint8), bitorder="little")
-        bins = pack(index["length"], self.length, method=packing)
-        return Prepared.of(np.frombuffer(self.tokens, np.uint32), bits, index, bins, length=self.length, facts=facts)
+        bins = pack(index["length"].reshape(-1, together).sum(1), together * self.length, method=packing)
+        bins = Bins((bins.rows[:, None] * together + np.arange(together)).ravel(), bins.starts * together)
+        tokens = np.frombuffer(self.tokens, np.uint32)
+        return Prepared.of(tokens, bits, index, bins, length=together * self.length, facts=facts, values=values)

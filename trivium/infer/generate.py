@@ -20,6 +20,7 @@ from ..models.context import HINT, check_length, scalings_by_length
 from ..models.encoder_decoder import EncoderDecoder
 from ..models.model import BuiltModel
 from ..models.transformer import Transformer
+from ..models.vision_language import VisionLanguage, VisionLanguageModel
 from ..nn.heads import LMHead
 from ..nn.inputs import Inputs
 from ..nn.rope_scaling import LongScaling
@@ -82,6 +83,7 @@ def generate(
     sampling: Sampling | Sequence[Sampling] | None = None,
     *,
     sources: Sequence[Sequence[int]] | None = None,
+    images: Sequence[Tensor | None] | None = None,
     stops: Collection[int] = (),
     decoder: Callable[[], Decoder] | None = None,
     context: int | None = None,
@@ -92,14 +94,15 @@ def generate(
 
     `sampling`: one for all, or one each; None samples the model's own distribution. `stops`: ids that end an answer,
     besides each request's own. `sources`: for an encoder-decoder, what its encoder reads, one each; the prompts are then how the
-    decoder's text begins, such as its start token alone. `decoder`: makes a fresh decoder for a row; without one there is no text. `context`:
+    decoder's text begins, such as its start token alone. `images`: for a vision-language model, those of each prompt [n, channels, H,
+    W], or None for one without. `decoder`: makes a fresh decoder for a row; without one there is no text. `context`:
     most tokens of prompt and answer together (None: what the model was made for). `chunk`: most columns of the prompts
     in one forward. `batch`: most rows at a time (None: all), the longest prompts first.
 
     Raises `DataError` for a prompt that is empty, holds ids outside the vocabulary or leaves no room to answer, and
     `ConfigError` for settings that cannot be met.
     """
-    requests = _requests(model, prompts, sampling, sources=sources, stops=stops, decoder=decoder, context=context)
+    requests = _requests(model, prompts, sampling, sources=sources, images=images, stops=stops, decoder=decoder, context=context)
     order = sorted(range(len(requests)), key=lambda row: -len(requests[row].prompt))
     size = batch or max(1, len(requests))
     for start in range(0, len(order), size):
@@ -114,6 +117,7 @@ def stream(
     sampling: Sampling | Sequence[Sampling] | None = None,
     *,
     sources: Sequence[Sequence[int]] | None = None,
+    images: Sequence[Tensor | None] | None = None,
     stops: Collection[int] = (),
     decoder: Callable[[], Decoder] | None = None,
     context: int | None = None,
@@ -123,7 +127,11 @@ def stream(
 
     Until the stream ends or is closed, the model is in evaluation mode.
     """
-    return _run(model, _requests(model, prompts, sampling, sources=sources, stops=stops, decoder=decoder, context=context), chunk=chunk)
+    return _run(
+        model,
+        _requests(model, prompts, sampling, sources=sources, images=images, stops=stops, decoder=decoder, context=context),
+        chunk=chunk,
+    )
 
 
 def generate_naive(
@@ -132,17 +140,20 @@ def generate_naive(
     sampling: Sampling | Sequence[Sampling] | None = None,
     *,
     sources: Sequence[Sequence[int]] | None = None,
+    images: Sequence[Tensor | None] | None = None,
     stops: Collection[int] = (),
     context: int | None = None,
 ) -> list[list[int]]:
     """The ids of `generate`, one row after the other, without cache: a full forward for each token. Its oracle."""
-    requests = _requests(model, prompts, sampling, sources=sources, stops=stops, decoder=None, context=context)
+    requests = _requests(model, prompts, sampling, sources=sources, images=images, stops=stops, decoder=None, context=context)
     device = model.device
     with _evaluating(model), torch.inference_mode():
         for request in requests:
             ids = request.completion.ids
             while len(ids) < request.room and (not ids or ids[-1] not in request.stops):
-                inputs = Inputs(torch.tensor([request.prompt + ids], device=device), source=_source(model, [request]))
+                inputs = Inputs(
+                    torch.tensor([request.prompt + ids], device=device), source=_source(model, [request]), images=_images(model, [request])
+                )
                 logits = model(inputs).logits[0, -1]
                 ids.append(sample_naive(logits, request.sampling, prompt=request.prompt, answer=ids))
     return [request.completion.ids for request in requests]
@@ -158,6 +169,7 @@ class _Request:
         sampling: Sampling,
         *,
         source: list[int] | None,
+        images: Tensor | None,
         room: int,
         stops: frozenset[int],
         decoder: Decoder | None,
@@ -165,6 +177,7 @@ class _Request:
         self.row = row
         self.prompt = prompt
         self.source = source
+        self.images = images
         self.sampling = sampling
         self.room = room
         self.stops = stops
@@ -203,6 +216,7 @@ def _requests(
     sampling: Sampling | Sequence[Sampling] | None,
     *,
     sources: Sequence[Sequence[int]] | None,
+    images: Sequence[Tensor | None] | None,
     stops: Collection[int],
     decoder: Callable[[], Decoder] | None,
     context: int | None,
@@ -219,6 +233,10 @@ def _requests(
     if isinstance(stack, Transformer) and not (stack.causal and isinstance(stack.head, LMHead)):
         message = f"this model (causal: {stack.causal}, head: {stack.head.kind}) cannot generate: that takes causal: true and head: lm"
         raise ConfigError(message, field="head", value=stack.head.kind)
+    if images is not None and len(images) != len(prompts):
+        raise ConfigError(f"{len(prompts)} prompts, but {len(images)} sets of images: give one each, or None in its place", field="images")
+    if images is not None and not isinstance(model, VisionLanguageModel):
+        raise ConfigError("this model reads no images: leave out images", field="images")
     if context is not None:
         check_length(model.spec.context, context, what="context: is", field="context")
     context = model.spec.context if context is None else context
@@ -228,6 +246,7 @@ def _requests(
         _check_bias(wanted, vocab=model.spec.vocab)
         source = None if sources is None else list(sources[row])
         if source is not None:
+            assert isinstance(model.spec, EncoderDecoder)
             _check(source, vocab=model.spec.encoder.vocab, where=f"sources[{row}]")
         room = wanted.max_tokens if context is None else min(wanted.max_tokens, context - len(prompt))
         if room < 1:
@@ -241,7 +260,10 @@ def _requests(
             raise ConfigError("stop strings need a decoder (decoder=tokenizer.stream); or use stop_ids", field="stop", value=wanted.stop)
         own = decoder() if decoder is not None else None
         ends = frozenset((*stops, *wanted.stop_ids))
-        requests.append(_Request(row, list(prompt), wanted, source=source, room=room, stops=ends, decoder=own))
+        seen = None if images is None else images[row]
+        if isinstance(model, VisionLanguageModel):
+            _check_images(model.spec, prompt, 0 if seen is None else len(seen), where=f"prompts[{row}]")
+        requests.append(_Request(row, list(prompt), wanted, source=source, images=seen, room=room, stops=ends, decoder=own))
     return requests
 
 
@@ -252,6 +274,13 @@ def _check(prompt: Sequence[int], *, vocab: int, where: str) -> None:
     if outside is not None:
         hint = "was it made by another tokenizer?"
         raise DataError(f"{where} holds token {outside}, outside the model's vocabulary of {vocab}: {hint}", field=where, value=outside)
+
+
+def _check_images(spec: VisionLanguage, prompt: Sequence[int], count: int, *, where: str) -> None:
+    token, wanted = spec.image_token, spec.places * count
+    if token is not None and (found := sum(one == token for one in prompt)) != wanted:
+        message = f"{where} has {found} image tokens (token {token}), but its {count} images take {wanted}, {spec.places} each"
+        raise DataError(message, field=where, value=found)
 
 
 def _check_bias(sampling: Sampling, *, vocab: int) -> None:
@@ -309,14 +338,14 @@ def _forward(model: BuiltModel[Any], inputs: Inputs, keep: Literal["last", "none
 
 
 def _prefill(model: BuiltModel[Any], store: Store, requests: list[_Request], chunk: int) -> Tensor:
-    """Feeds the prompts and what was answered so far, at most `chunk` columns at a time, the sources with the first. Returns the
-    logits [B, V] after each row's last token."""
+    """Feeds the prompts and what was answered so far, at most `chunk` columns at a time, the sources with the first; with images all
+    at once, since they stand anywhere. Returns the logits [B, V] after each row's last token."""
     prompts = [request.prompt + request.ids for request in requests]
     tokens, segments = _columns(prompts, model.device)
     longest = tokens.shape[1]
-    source = _source(model, requests)
-    if longest <= chunk:
-        return _forward(model, Inputs(tokens, segments=segments, source=source, cache=store), "last")
+    source, images = _source(model, requests), _images(model, requests)
+    if longest <= chunk or images is not None:
+        return _forward(model, Inputs(tokens, segments=segments, source=source, images=images, cache=store), "last")
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)[:, None]
     column = torch.arange(longest, device=model.device)
     rows, logits = [], []
@@ -350,6 +379,12 @@ def _source(model: BuiltModel[Any], requests: list[_Request]) -> Inputs | None:
         return None
     tokens, segments = _columns(sources, model.device)
     return Inputs(tokens, segments=segments)
+
+
+def _images(model: BuiltModel[Any], requests: list[_Request]) -> Tensor | None:
+    """Those of all rows, one after another."""
+    given = [request.images for request in requests if request.images is not None]
+    return torch.cat(given).to(model.device) if given else None
 
 
 def _report(drawn: Drawn, live: list[_Request]) -> Iterator[tuple[int, float | None, dict[int, float] | None]]:

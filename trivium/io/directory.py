@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from ..adapt.passes import Pass, apply_passes
 from ..core import device as devices
 from ..core.config import diff
 from ..core.errors import ConfigError, FileError, TriviumError
-from ..core.spec import Spec, validate
+from ..core.spec import Spec, parts, validate
 from ..models.model import BuiltModel, Model, with_kind
 from ..models.transformer import build
 from .files import atomic_directory, read_json, sha256, write_json
@@ -63,6 +64,7 @@ class Record(Spec):
     version: str = Field(description="the version of trivium that wrote it")
     spec: SerializeAsAny[Model]
     passes: tuple[SerializeAsAny[Pass], ...] = ()
+    parts: dict[str, str] = Field({}, description="by kind, the modules that parts not of this package came from")
     prompt: dict[str, Any] = Field({}, description="the prompt contract's settings")
     allowed: tuple[str, ...] = Field((), description="keys of config.json that the family does not know and the user allowed")
     lineage: tuple[dict[str, Any], ...] = Field((), description="what this was made from, step by step")
@@ -184,6 +186,7 @@ def write(
             version=__version__,
             spec=model.spec,
             passes=model.passes,
+            parts=_foreign(model.spec, *model.passes),
             prompt=prompt.settings() if prompt is not None else {},
             allowed=tuple(allowed),
             lineage=tuple(dict(step) for step in lineage),
@@ -259,7 +262,20 @@ def read_record(path: Path) -> Record | None:
     try:
         return validate(Record, data, where=RECORD)
     except ConfigError as error:
-        raise FileError(f"{path / RECORD}: {error}") from None
+        raise FileError(f"{path / RECORD}: {error}{_unmet(data)}") from None
+
+
+def _foreign(*specs: Spec) -> dict[str, str]:
+    """Where those parts of `specs` came from that are not this package's own, by kind."""
+    found = {part.kind: type(part).__module__ for spec in specs for part in parts(spec)}
+    return {kind: module for kind, module in sorted(found.items()) if module.partition(".")[0] != __name__.partition(".")[0]}
+
+
+def _unmet(data: Mapping[str, Any]) -> str:
+    """What to do where a record names modules that are not there; nothing is imported because a file says so."""
+    named = data.get("parts")
+    missing = sorted({str(module) for module in named.values()} - set(sys.modules)) if isinstance(named, Mapping) else []
+    return f"; its parts came from {some(missing)}: give that file with --import, or install the package" if missing else ""
 
 
 @dataclass(frozen=True)

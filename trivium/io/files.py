@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -141,6 +141,15 @@ def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FileError(f"{where}: holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write rows atomically, one JSON object a line, into a folder that is made where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        for row in rows:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    return path
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -111,9 +111,13 @@ class Layer(nn.Module):
         spec, norm, join = self.spec, self._part(f"{name}_norm"), self._part(f"{name}_join")
         assert isinstance(join, Join)
         y, read = join.read(x)
+        stream = y
         if spec.norm_at in ("pre", "sandwich"):
             y = norm(y)
+        inner = y
         y = run(y) + self._part("ffn")(y, step) if spec.parallel else run(y)
+        if (adapted := self._modules.get(f"{name}_adapters")) is not None:
+            y = adapted(stream, inner, y, step)
         if spec.norm_at == "reordered":
             y = norm(y)
         elif spec.norm_at == "sandwich":

@@ -64,6 +64,8 @@ def flops(model: TransformerModel, segments: Tensor, *, kept: int, memory: Tenso
     """Of one batch with `segments` [B, T] (the document of each token, -1 is padding), on the CPU. `kept`: at how many
     places logits are computed. `memory` [B, M, C]: what cross-attention reads. The backward is that of all parameters that
     require a gradient."""
+    if model.virtual is not None:
+        segments = model.virtual.widened(segments)
     step = Step.begin(Inputs(torch.zeros_like(segments), segments=segments, memory=memory), causal=model.spec.causal)
     return _count(model, step, tokens=segments.numel(), kept=kept)
 
@@ -93,7 +95,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 def _count(model: TransformerModel, step: Step, *, tokens: int, kept: int, recalled: bool = False) -> Flops:
     walk = _Walk(step, recalled=recalled)
-    flowing = walk.visit(model.embed, tokens, flowing=False)
+    flowing = walk.visit(model.embed, tokens, flowing=False) or model.virtual is not None
     halves: list[dict[str, list[Product]]] = []
     for layer in model.layers:
         halves.append({"mixer": [], "ffn": []})
@@ -141,8 +143,9 @@ class _Walk:
         if isinstance(module, Linear):
             self.products.append(Product(2 * tokens * module.weight.numel(), flowing, module.weight.requires_grad))
         elif isinstance(module, LowRank):
-            self.products.append(Product(2 * tokens * module.A.numel(), flowing, module.A.requires_grad))
-            self.products.append(Product(2 * tokens * module.B.numel(), flowing or module.A.requires_grad, module.B.requires_grad))
+            for A, B in module.blocks():
+                self.products.append(Product(2 * tokens * A.numel(), flowing, A.requires_grad))
+                self.products.append(Product(2 * tokens * B.numel(), flowing or A.requires_grad, B.requires_grad))
             return flowing or module.A.requires_grad or module.B.requires_grad
         elif isinstance(module, Multiplies):
             self.products += module.multiplied(tokens, flowing=flowing)

@@ -97,7 +97,9 @@ class DualEncoderModel(BuiltModel[DualEncoder]):
         """`hidden` is the text's. `logits` hold each image's similarity to each document, whatever `keep` but none asks for."""
         inputs = as_inputs(inputs)
         if inputs.images is None or inputs.shape[1] == 0:
-            raise ConfigError("a dual encoder compares: give Inputs(tokens, images=...), or use encode_text or encode_images", field="images")
+            raise ConfigError(
+                "a dual encoder compares: give Inputs(tokens, images=...), or use encode_text or encode_images", field="images"
+            )
         read = self._read(replace(inputs, images=None), weights=weights)
         if isinstance(keep, str) and keep == "none":
             return Output(read.hidden, None, read.aux)

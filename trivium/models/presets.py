@@ -1,4 +1,8 @@
-"""Named specs, values only."""
+"""Named specs, values only: the registries, the shapes of Llama and GPT, and the frame that the mini presets share.
+
+`presets` are decoders, which `pretrain` and `ablate` take by name; `assemblies` is everything else: encoders, heads for tasks,
+models of several stacks. The mini ones, of 4 to 10 million parameters, show each idea of the field at a size that two cores train.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,11 @@ from ..nn.patterns import Full, Window
 from ..nn.positions import Rope
 from ..nn.positions_absolute import Learned
 from .block import Block
+from .model import Model
 from .transformer import Transformer, expand_layers
 
 presets: Registry[Callable[[], Transformer]] = Registry("preset", "trivium.models")
+assemblies: Registry[Callable[[], Model]] = Registry("assembly", "trivium.models")
 
 
 def llama(
@@ -75,6 +81,19 @@ def gpt(
     )
 
 
+def mini(blocks: Mapping[str, Block], *, layers: str = "4*layer", eps: float = 1e-5) -> Transformer:
+    """The frame of the mini presets: width 256, a vocabulary of 8,192 whose table is the head's too, 1,024 tokens."""
+    return Transformer(
+        dim=256,
+        vocab=8192,
+        layers=expand_layers(layers),
+        blocks=dict(blocks),
+        head=LMHead(tied=True),
+        final_norm=RMS(eps=eps),
+        context=1024,
+    )
+
+
 def gpt2(*, dim: int, layers: int, heads: int) -> Transformer:
     """One of GPT-2's sizes, as published."""
     return gpt(dim=dim, layers=f"{layers}*layer", heads=heads, vocab=50257, context=1024, windows={"layer": None})
@@ -101,21 +120,25 @@ def gpt2_small() -> Transformer:
 
 @presets.register("gpt2-medium")
 def gpt2_medium() -> Transformer:
+    """GPT-2, 355M parameters."""
     return gpt2(dim=1024, layers=24, heads=16)
 
 
 @presets.register("gpt2-large")
 def gpt2_large() -> Transformer:
+    """GPT-2, 774M parameters."""
     return gpt2(dim=1280, layers=36, heads=20)
 
 
 @presets.register("gpt2-xl")
 def gpt2_xl() -> Transformer:
+    """GPT-2, 1.6B parameters."""
     return gpt2(dim=1600, layers=48, heads=25)
 
 
 @presets.register("gpt3-175b")
 def gpt3_175b() -> Transformer:
+    """GPT-3, 175B parameters (arXiv:2005.14165)."""
     return gpt3(dim=12288, layers=96, heads=96)
 
 
@@ -133,6 +156,7 @@ def tiny_llama() -> Transformer:
 
 @presets.register("smollm2-135m")
 def smollm2_135m() -> Transformer:
+    """SmolLM2, 135M parameters (arXiv:2502.02737)."""
     return llama(dim=576, layers=30, heads=9, kv_heads=3, hidden=1536, vocab=49152, base=100000.0, tied=True, context=8192)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError, unknown
 from ..core.seed import generator
+from ..nn.adapted_inputs import VirtualTokens
 from ..nn.attention import Place
 from ..nn.embeddings import Embed, Tokens
 from ..nn.heads import Head, LMHead
@@ -41,6 +42,7 @@ class Transformer(Model):
     vocab: int = Field(gt=0, description="rows of the embedding table")
     layers: tuple[str, ...] = Field(min_length=1, description="the name of each layer's block, from the first to the last")
     blocks: dict[str, Block] = Field(description="the blocks, by name")
+    shared: tuple[str, ...] = Field((), description="blocks of which all layers have the same weights: the stack runs through them again")
     embed: SerializeAsAny[Embed] = Field(Tokens(), description="how tokens become vectors")
     head: SerializeAsAny[Head] = Field(LMHead(), description="what is read off the last hidden state")
     final_norm: SerializeAsAny[Norm] = Field(RMS(), description="the norm before the head")
@@ -50,7 +52,13 @@ class Transformer(Model):
     @field_validator("layers", mode="before")
     @classmethod
     def _expand(cls, value: Any) -> Any:
-        return expand_layers(value) if isinstance(value, str) else value
+        if isinstance(value, str):
+            return expand_layers(value)
+        if not isinstance(value, list | tuple):
+            return value
+        return tuple(
+            name for item in value for name in (expand_layers(item) if isinstance(item, str) and set(item) & set("* (") else (item,))
+        )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -60,6 +68,9 @@ class Transformer(Model):
         for name in self.blocks:
             if name not in self.layers:
                 raise ValueError(f"block {name!r} is defined but no layer uses it")
+        for name in self.shared:
+            if self.layers.count(name) < 2:
+                raise ValueError(f"shared: block {name!r} is not that of several layers")
         if len(widths := {block.residual.width for block in self.blocks.values()}) > 1:
             raise ValueError(f"all blocks must carry as many residual streams, not {', '.join(map(str, sorted(widths)))}")
         return self
@@ -75,7 +86,11 @@ class Transformer(Model):
     def with_plain_names(self) -> Self:
         names = list(dict.fromkeys(self.layers))
         new = {name: "layer" if len(names) == 1 else f"layer{k}" for k, name in enumerate(names)}
-        return self.replace(layers=tuple(new[name] for name in self.layers), blocks={new[name]: self.blocks[name] for name in names})
+        return self.replace(
+            layers=tuple(new[name] for name in self.layers),
+            blocks={new[name]: self.blocks[name] for name in names},
+            shared=tuple(sorted(new[name] for name in self.shared)),
+        )
 
 
 def expand_layers(text: str) -> tuple[str, ...]:
@@ -117,10 +132,14 @@ class TransformerModel(BuiltModel[Transformer]):
     def __init__(self, spec: Transformer):
         super().__init__(spec)
         self.recompute: Recompute | None = None
+        self.virtual: VirtualTokens | None = None  # an adapter's
         self.embed = spec.embed.build(spec.vocab, spec.dim)
         self.layers = nn.ModuleList(
             spec.blocks[name].build(spec.dim, Place(index, spec.layers[: index + 1])) for index, name in enumerate(spec.layers)
         )
+        for index, name in enumerate(spec.layers):
+            if name in spec.shared and (first := spec.layers.index(name)) < index:
+                share(self.layers[first], self.layers[index])
         for layer in self.layers:
             for mixer in layer.mixers().values():  # type: ignore[operator]
                 if (lender := mixer.lender()) is not None:
@@ -134,9 +153,11 @@ class TransformerModel(BuiltModel[Transformer]):
         inputs = as_inputs(inputs)
         if inputs.source is not None:
             raise ConfigError("this model has no encoder that could read a source: leave out Inputs(source=...)", field="source")
-        step = self.begin(inputs, weights=weights)
-        x = self.run(self.embed(inputs.tokens, step), step)
-        output = self.finish(x, step, keep)
+        inserted = None if self.virtual is None else self.virtual.insert(inputs, self.embed.rows)  # type: ignore[arg-type]
+        step = self.begin(inputs if inserted is None else inserted.inputs, weights=weights)
+        step.virtual = inserted
+        x = self.run(self.embed(step.inputs.tokens, step), step)
+        output = self.finish(x if inserted is None else inserted.outer(x), step.outer(), keep)
         step.commit()
         return output
 
@@ -180,7 +201,15 @@ class TransformerModel(BuiltModel[Transformer]):
         """An empty store for `rows` rows of up to `capacity` tokens, for this model as it stands after its passes. `rollback`: how
         many tokens can be dropped again where layers have state of a fixed size."""
         states = [layer.state() for layer in self.layers]  # type: ignore[operator]
+        capacity += 0 if self.virtual is None else self.virtual.longest
         return Store(states, rows=rows, capacity=capacity, dtype=self.dtype, device=self.device, rollback=rollback)
+
+
+def share(owner: nn.Module, user: nn.Module) -> None:
+    """Let `user` have the parameters of `owner`, a module of the same make: what is named alike is one tensor."""
+    for name, module in user.named_modules():
+        for leaf in dict(module.named_parameters(recurse=False)):
+            setattr(module, leaf, owner.get_submodule(name).get_parameter(leaf))
 
 
 def last_of(hidden: Tensor, segments: Tensor | None) -> Tensor:

@@ -76,9 +76,14 @@ class VisionLanguage(Model):
 
     @property
     def vectors(self) -> int:
-        """How many vectors an image becomes: as many image tokens stand for it where `join` is `tokens`."""
+        """How many vectors an image becomes."""
         assert isinstance(self.vision.embed, Patches)
         return self.connector.count(self.vision.embed.count + self.start)
+
+    @property
+    def places(self) -> int:
+        """How many image tokens stand for an image."""
+        return self.vectors if self.join == "tokens" else 1
 
     def build(self) -> VisionLanguageModel:
         return VisionLanguageModel(self)
@@ -111,12 +116,16 @@ class VisionLanguageModel(BuiltModel[VisionLanguage]):
         if inputs.images is None:
             started = inputs.memory is not None or (inputs.cache is not None and inputs.cache.used)
             return inputs if self.spec.join == "tokens" or started else self._blind(inputs)
+        if self.spec.join == "memory" and inputs.cache is not None and inputs.cache.used:
+            raise DataError(
+                "crosses keep the images that they were given in the first forward of a cache: give all of them there", field="images"
+            )
         counts = self._counts(inputs, inputs.images)
         rows = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)  # [N]: the row of each image
         vectors = self.encode(inputs.images, adapters=None if inputs.adapters is None else inputs.adapters[rows])
         if self.spec.join == "tokens":
-            assert inputs.tokens is not None and isinstance(self.text.embed, TokenEmbedding)
-            at = inputs.tokens == self.spec.image_token
+            assert inputs.tokens is not None and self.spec.image_token is not None and isinstance(self.text.embed, TokenEmbedding)
+            at = torch.eq(inputs.tokens, self.spec.image_token)
             embeds = self.text.embed.rows(inputs.tokens)
             return replace(inputs, tokens=None, images=None, embeds=embeds.masked_scatter(at[..., None], vectors.to(embeds.dtype)))
         numbers = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
@@ -143,8 +152,7 @@ class VisionLanguageModel(BuiltModel[VisionLanguage]):
             return torch.full((batch,), len(images) // batch, device=inputs.device)
         if inputs.tokens is None:
             raise DataError(f"images stand where token {token} does: give tokens, not embeds", field="images")
-        each = self.spec.vectors if self.spec.join == "tokens" else 1
-        places = (inputs.tokens == token).sum(1)
+        each, places = self.spec.places, torch.eq(inputs.tokens, token).sum(1)
         if bool((places % each).any()) or int(places.sum()) != each * len(images):
             raise DataError(
                 f"{len(images)} images were given, of {each} image tokens (token {token}) each, but the rows have {places.tolist()} of them",

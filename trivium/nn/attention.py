@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigError
 from ..core.registry import Registry
 from ..core.spec import Part, Spec
+from .adapted_attention import AttentionPrompts
 from .backends import Extras, attend, backends, weighted, weights_of
 from .keepers import PerToken, Slots, State
 from .linear import Linear, OwnStart, Projections
@@ -137,6 +138,7 @@ class AttentionMixer(MixerModule):
         self.v_norm = spec.v_norm.build(spec.head_dim) if spec.v_norm is not None and spec.share is None else None
         self.sinks = Sinks(spec.heads) if spec.scores.sinks else None
         self.table = spec.position.build(spec.heads, spec.head_dim) if spec.position is not None else None
+        self.prompts: AttentionPrompts | None = None  # an adapter's
         self.owner: int | None = None  # the layer that holds the table of this one's positions, where another does
 
     def settle(self, place: Place) -> None:
@@ -177,6 +179,8 @@ class AttentionMixer(MixerModule):
         if spec.share is None:
             k, v = self._heads(given["k"], "k", step), split_heads(given["v"], spec.head_dim)
             v = v if self.v_norm is None else self.v_norm(v)
+            if step.virtual is not None:
+                k, v = step.virtual.keyed(self.place.index, k, v)
             slots = None
             if spec.pattern.keeps is None:
                 k, v = handle.extend(k=k, v=v)
@@ -187,7 +191,10 @@ class AttentionMixer(MixerModule):
         else:
             k, v, slots, pattern = step.handed(("kv", self.lender()))
             self._check_reach(pattern)
-        mixed = self._attend(q, k, v, step, slots).transpose(1, 2)  # [B, T, H, D]
+        mixed = self._attend(q, k, v, step, slots)
+        if self.prompts is not None:
+            mixed = self.prompts(q, mixed, self.inp, self.scale, step)
+        mixed = mixed.transpose(1, 2)  # [B, T, H, D]
         if spec.gate is not None:
             gate = given["gate"].sigmoid()
             mixed = mixed * (gate.view(mixed.shape) if spec.gate == "channel" else gate[..., None])

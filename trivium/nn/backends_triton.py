@@ -1,8 +1,8 @@
 """Our attention kernels in Triton (`kernels/triton_attention`), as a backend.
 
 A causal triangle and a sliding window over a plain row are the kernel's own business; any other mask, and a bias, is handed to it
-whole. Without a GPU it runs in Triton's interpreter where TRITON_INTERPRET=1 asks for it, to be looked into; else `tiled`, the
-same algorithm in plain torch, takes its place.
+whole. Without a GPU it runs in Triton's interpreter where TRITON_INTERPRET=1 asks for it, to be looked into; `tiled` is the same
+algorithm in plain torch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,13 @@ def fused(
     block: tuple[int, int] | None = None,
 ) -> Tensor:
     """Fused forward and backward. `block`: queries and keys of a tile, powers of two from 16 on; None: by type and width."""
-    if not q.numel() or not k.numel() or (q.device.type == "cpu" and not interpreted()):
+    if q.device.type == "cpu" and not interpreted():
+        raise ConfigError(
+            "the triton kernels need a GPU; use 'tiled', the same algorithm in torch, or set TRITON_INTERPRET=1 to look into them",
+            field="backend",
+            value="triton",
+        )
+    if not q.numel() or not k.numel():
         return tiled(q, k, v, scale=scale, causal=causal, mask=mask, extras=extras)
     if q.dtype not in DTYPES:
         raise ConfigError(f"the triton kernels take 16 and 32 bits, not {q.dtype}; use 'tiled'", field="backend", value="triton")

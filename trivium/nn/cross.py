@@ -36,7 +36,9 @@ class CrossAttention(Mixer):
     qk_norm: SerializeAsAny[Norm] | None = Field(None, description="the norm of each head's queries and keys")
     scale: float | None = Field(None, description="what products are multiplied by; head_dim ** -0.5 if none is given")
     latest: int | None = Field(
-        None, ge=0, description="a token for each part of the memory: what follows it reads that part alone, what precedes all reads nothing"
+        None,
+        ge=0,
+        description="a token for each part of the memory: what follows it reads that part alone, what precedes all reads nothing",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="chance of an attention weight to be dropped, in training (by eager)")
 

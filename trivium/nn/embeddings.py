@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.errors import ConfigError
 from ..core.registry import Registry
 from ..core.spec import Part
+from .noise import EmbeddingNoise
 from .norms import Norm
 from .positions_absolute import Absolute
 from .step import Step
@@ -51,6 +52,7 @@ class TokenEmbedding(nn.Module):
         self.positions = spec.positions.build(dim) if spec.positions is not None else None
         self.types = TypeEmbedding(spec.types, dim) if spec.types else None
         self.norm = spec.norm.build(dim) if spec.norm is not None else None
+        self.noise: EmbeddingNoise | None = None  # a pass's
 
     def forward(self, tokens: Tensor | None, step: Step) -> Tensor:
         """Without tokens, the step's embeds are taken as they are, unscaled; positions are added to them too."""
@@ -60,6 +62,7 @@ class TokenEmbedding(nn.Module):
             x = step.inputs.embeds
         else:
             x = self.rows(tokens)
+            x = x if self.noise is None else self.noise(x, step)
         if self.positions is not None:
             x = x + self.positions(step, x.dtype)
         if self.types is not None:

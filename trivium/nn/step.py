@@ -7,7 +7,7 @@ into groups of like length), so nothing builds a T x T mask from segments.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .blocked import Blocks, Later, Plan, blocks, later
 from .inputs import Aux, Inputs, Prefix
+from .inserted import Inserted
 from .keepers import Slots
 from .store import Handle, continued_positions
 
@@ -223,8 +224,9 @@ class View:
 @dataclass
 class Step:
     """One forward. `positions` [B|1, T]; `segments` [B, T] or None; `adapters` [B] or None; `slots`: the keys.
-    `wants_weights`: attention is to record its weights in `aux`. `hand` and `handed` are how a layer gives a later one what
-    it computed, under a key that names the layer, so that a layer that is computed again gives the same."""
+    `wants_weights`: attention is to record its weights in `aux`. `virtual`: tokens that an adapter put in.
+    `hand` and `handed` are how a layer gives a later one what it computed, under a key that names the layer, so that a layer
+    that is computed again gives the same."""
 
     positions: Tensor
     segments: Tensor | None
@@ -234,6 +236,7 @@ class Step:
     causal: bool
     aux: Aux = field(default_factory=Aux)
     wants_weights: bool = False
+    virtual: Inserted | None = None
     _channel: dict[Hashable, Any] = field(default_factory=dict)
     _memo: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -252,6 +255,13 @@ class Step:
                 assert segments is not None
                 positions = continued_positions(segments)
         return Step(positions, segments, slots, inputs.adapters, inputs, causal and inputs.mask != "full", wants_weights=weights)
+
+    def outer(self) -> Step:
+        """This step as what stands behind the layers sees it: without the virtual tokens that an adapter put in."""
+        if (virtual := self.virtual) is None:
+            return self
+        segments = None if self.segments is None else virtual.outer(self.segments)
+        return replace(self, positions=virtual.outer(self.positions), segments=segments, inputs=virtual.given, virtual=None, _memo={})
 
     @property
     def count(self) -> int:

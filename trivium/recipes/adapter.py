@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapt.lora import MergeReport, merge, updates
-from ..core.errors import TriviumError
+from ..adapt.adapter import MergeReport, adapters, merge, updates
+from ..adapt.lora import LoRA
+from ..core.errors import ConfigError, TriviumError
 from ..core.log import log
 from ..io import files, peft
 from ..io.tensors import read_file
@@ -50,6 +51,11 @@ def unmerge_adapter(
     """Take `adapter` out of `model`, into which it was merged, and write the result to `out`: the base, up to the rounding
     of its dtype. The report compares with `model` and the adapter's updates taken off beside it."""
     bundle = load(model, adapter=adapter, dtype=dtype, accept=True)  # these are not the base weights that the adapter records
+    step = adapters(bundle.model)["default"]
+    if type(step) is not LoRA or step.full:
+        raise ConfigError(
+            f"{adapter}: what a {step.kind} adapter was merged into does not tell what it was before: keep the base", field="kind", value=step.kind
+        )
     with torch.no_grad():
         for _, update in updates(bundle.model, "default").values():
             update.B.neg_()

@@ -1,4 +1,4 @@
-"""From raw text to a model of one's own: a tokenizer and a model trained on the Python standard library's own source.
+"""From raw text to a model of one's own, taught a task: all of it from the Python standard library's own source.
 
 Every machine that runs this has the text. Held-out files are measured in bits per byte beside an n-gram model over the
 same tokens and a compressor that has read the same training text, and a function is completed.
@@ -7,8 +7,8 @@ same tokens and a compressor that has read the same training text, and a functio
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+import re
 import sysconfig
 import time
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import Field
 
+from ..core.device import dtype
 from ..core.log import log
 from ..core.spec import Spec
 from ..data import rows
@@ -25,8 +26,10 @@ from ..io import files
 from ..text import bpe
 from ..text.tokenizer import Tokenizer
 from ..train.loop import TrainConfig
+from .data import bank
 from .load import Bundle, load
 from .pretrain import Pretrain, complete, pretrain
+from .sft import SFT, loss_on, sft
 
 FUNCTION = "def read_lines(path):\n    "
 
@@ -41,19 +44,23 @@ class FromScratch(Spec):
     megabytes: float = Field(8.0, gt=0, description="most text to learn from")
     held_out: int = Field(12, gt=0, description="files that are measured and never trained on")
     length: int = Field(256, ge=2, description="tokens in a row")
-    train: TrainConfig = Field(TrainConfig(rows=16, steps=350, validate_every=175, save_every=70), description="how long and how")
+    train: TrainConfig = Field(TrainConfig(rows=8, steps=2000, validate_every=500, save_every=400), description="how long and how")
+    teach: TrainConfig = Field(TrainConfig(rows=8, steps=60), description="how long and how the adapter is trained")
 
 
 def from_scratch(config: FromScratch) -> dict[str, Any]:
     """Run all steps; returns the measured facts, which are also written to `out/facts.json`."""
     out, started = Path(config.out), time.perf_counter()
-    log.say("\n[1/4] Gather text and hold files out.")
+    log.say("\n[1/5] Gather text and hold files out.")
     train, held = corpus(config)
     log.say(f"  {sum(map(len, train)) / 1e6:.1f} MB to learn from, {len(held)} files held out ({sum(map(len, held)) / 1e3:.0f} kB)")
-    paths = {name: _write(out / "data" / f"{name}.jsonl", texts) for name, texts in (("train", train), ("held-out", held))}
-    log.say("\n[2/4] Train a tokenizer.")
+    paths = {
+        name: files.write_lines(out / "data" / f"{name}.jsonl", ({"text": text} for text in texts))
+        for name, texts in (("train", train), ("held-out", held))
+    }
+    log.say("\n[2/5] Train a tokenizer.")
     tokenizer = _tokenizer(config, out, train)
-    log.say("\n[3/4] Train a model.")
+    log.say("\n[3/5] Train a model.")
     run = pretrain(
         Pretrain(
             preset=config.preset,
@@ -66,13 +73,15 @@ def from_scratch(config: FromScratch) -> dict[str, Any]:
             samples=(FUNCTION,),
         )
     )
-    log.say("\n[4/4] Measure it on files that it has not seen.")
+    log.say("\n[4/5] Measure it on files that it has not seen.")
     bundle = load(run.path)
     facts = measured(bundle, tokenizer, train, held, context=config.length)
-    facts["seconds"] = round(time.perf_counter() - started, 1)
     facts["completion"] = FUNCTION + complete(bundle, FUNCTION)
     log.table("bits per byte of held-out files (less is better)", ("what", "bits per byte"), list(facts["bits per byte"].items()))
     log.say(f"\n{facts['completion']}\n\nlet it write: trivium generate {run.path} 'import '")
+    log.say("\n[5/5] Teach it to begin docstrings.")
+    facts["docstrings"] = _taught(config, out, bundle, run.path, train, held)
+    facts["seconds"] = round(time.perf_counter() - started, 1)
     files.write_json(out / "facts.json", facts)
     return facts
 
@@ -117,6 +126,39 @@ def measured(bundle: Bundle, tokenizer: Tokenizer, train: list[str], held: list[
     }
 
 
+DOCSTRING = re.compile(r'^([ \t]*def \w+\([^\n]*\):\n[ \t]*""")([^"\n]{8,120})', re.MULTILINE)
+
+
+def lessons(texts: list[str]) -> list[dict[str, str]]:
+    """Every definition with a docstring, as a prompt that ends where its text begins, and its first line."""
+    return [{"prompt": found[1], "completion": found[2].rstrip()} for text in texts for found in DOCSTRING.finditer(text)]
+
+
+def _taught(config: FromScratch, out: Path, bundle: Bundle, model: Path, train: list[str], held: list[str]) -> dict[str, Any] | None:
+    """Loss per token of held-out first lines before and after a LoRA adapter is trained on the others; None where there are too few."""
+    rows_of = {"train": lessons(train), "held-out": lessons(held)}
+    if min(map(len, rows_of.values())) < 2:
+        log.say("  there are no docstrings in this text")
+        return None
+    paths = {name: files.write_lines(out / "data" / f"docstrings-{name}.jsonl", found) for name, found in rows_of.items()}
+    job = SFT(
+        model=str(model),
+        data=(str(paths["train"]),),
+        validation=(str(paths["held-out"]),),
+        out=str(out / "docstrings"),
+        length=config.length,
+        max_dropped=None,
+        max_empty=None,
+        train=config.teach,
+    )
+    measured_on = bank(job.validation, bundle.prompt, length=config.length, max_dropped=None, max_empty=None)
+    before = loss_on(measured_on, job.objective, rows=job.train.rows)(bundle.model.to(dtype(job.train.precision)))["loss"]
+    run = sft(job, bundle=load(model, dtype=job.train.precision))
+    after = run.metrics["validation.loss"]
+    log.table("loss per token of held-out first lines", ("model", "nats"), [("before", before), ("with the adapter", after)])
+    return {"rows": len(rows_of["train"]), "before": before, "after": after, "adapter": str(run.path)}
+
+
 def _tokenizer(config: FromScratch, out: Path, texts: list[str]) -> Tokenizer:
     path = out / "tokenizer"
     if (path / "tokenizer.json").is_file():
@@ -127,11 +169,3 @@ def _tokenizer(config: FromScratch, out: Path, texts: list[str]) -> Tokenizer:
         found.tokenizer.save(partial)
     log.say(f"  {found.tokenizer.vocab_size} tokens from {found.words} different words")
     return found.tokenizer
-
-
-def _write(path: Path, texts: list[str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.atomic_file(path) as sink:
-        for text in texts:
-            sink.write((json.dumps({"text": text}) + "\n").encode())
-    return path

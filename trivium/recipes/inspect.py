@@ -89,21 +89,30 @@ def described(model: BuiltModel[Any], *, context: int | None = None) -> dict[str
 
 
 def layers(model: BuiltModel[Any]) -> list[dict[str, Any]]:
-    """One row for each part, from the embedding to the head: what stands there, its parameters, its cache."""
+    """One row for each part, from the embedding to the head: what stands there, its parameters, its cache. Parameters that
+    several parts share count where they come first; what an assembly has beside its stacks comes last."""
     stacks = [(name, stack) for name, stack in model.named_modules() if isinstance(stack, TransformerModel)]
-    return [row for name, stack in stacks for row in _layers(stack, f"{name} " if name else "")]
+    counted: set[nn.Parameter] = set()
+    rows = [row for name, stack in stacks for row in _layers(stack, f"{name} " if name else "", counted)]
+    rest = count.parameters(model).total - sum(row["parameters"] for row in rows)
+    return [*rows, _row("beside the stacks", model.spec.kind, rest, 0)] if rest else rows
 
 
-def _layers(model: TransformerModel, before: str) -> list[dict[str, Any]]:
-    caches = count.cache_bytes(model)
-    rows: list[dict[str, Any]] = [_row(f"{before}embed", model.embed, model.spec.embed.kind, 0)]
-    for index, (name, layer) in enumerate(zip(model.spec.layers, model.layers, strict=True)):
-        block = model.spec.blocks[name]
+def _layers(model: TransformerModel, before: str, counted: set[nn.Parameter]) -> list[dict[str, Any]]:
+    def own(module: nn.Module) -> int:
+        new = [parameter for parameter in module.parameters() if parameter not in counted]
+        counted.update(new)
+        return sum(parameter.numel() for parameter in new)
+
+    spec, caches = model.spec, count.cache_bytes(model)
+    rows = [_row(f"{before}embed", spec.embed.kind, own(model.embed), 0)]
+    for index, (name, layer) in enumerate(zip(spec.layers, model.layers, strict=True)):
+        block = spec.blocks[name]
         named = (("mixer", block.mixer), ("cross", block.cross), ("ffn", block.ffn))
         kinds = ", ".join(f"{part} {spec.kind}" for part, spec in named if spec is not None)
-        rows.append(_row(f"{before}{index} {name}", layer, kinds, caches[index]))
-    rows.append(_row(f"{before}final norm", model.final_norm, model.spec.final_norm.kind, 0))
-    return [*rows, _row(f"{before}head", model.head, model.spec.head.kind, 0)]
+        rows.append(_row(f"{before}{index} {name}", kinds, own(layer), caches[index]))
+    rows.append(_row(f"{before}final norm", spec.final_norm.kind, own(model.final_norm), 0))
+    return [*rows, _row(f"{before}head", spec.head.kind, own(model.head), 0)]
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -112,6 +121,5 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, An
     return config.diff({key: a[key] for key in keys}, {key: b[key] for key in keys})
 
 
-def _row(name: str, module: nn.Module, what: str, cache: int) -> dict[str, Any]:
-    size = count.parameters(module).total
-    return {"layer": name, "what": what, "parameters": size, "cache_bytes_per_token": cache}
+def _row(name: str, what: str, parameters: int, cache: int) -> dict[str, Any]:
+    return {"layer": name, "what": what, "parameters": parameters, "cache_bytes_per_token": cache}

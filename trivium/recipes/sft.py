@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, SerializeAsAny
+from pydantic import BeforeValidator, Field, SerializeAsAny
 from torch import nn
 
-from ..adapt.lora import LoRA, initialize_adapter
+from ..adapt.adapter import Adapter, initialize_adapter, with_kind
+from ..adapt.lora import LoRA
+from ..adapt.passes import Pass, apply_passes
 from ..core import config as configs
 from ..core.errors import ConfigError
 from ..core.log import log
@@ -44,7 +46,10 @@ class SFT(Spec):
     data: tuple[str, ...] = Field(min_length=1, description="training rows: files, folders or globs, or one prepared folder")
     validation: tuple[str, ...] = Field((), description="rows to measure the loss on")
     out: str = Field("runs/sft", description="the run's folder")
-    adapter: LoRA | None = Field(LoRA(), description="what is trained beside the frozen model; null trains every parameter")
+    adapter: Annotated[SerializeAsAny[Adapter], BeforeValidator(with_kind)] | None = Field(
+        LoRA(), description="what is trained beside the frozen model; null trains the model's own parameters"
+    )
+    passes: tuple[SerializeAsAny[Pass], ...] = Field((), description="what is done to the model first, such as noise, or freeze without an adapter")
     length: int = Field(1024, ge=2, description="tokens in a packed row")
     format: str | None = Field(None, description="the rows' format, if their columns do not tell")
     turns: Literal["all", "last"] = Field("all", description="which assistant turns are trained")
@@ -90,6 +95,7 @@ def sft(config: SFT, *, bundle: Bundle | None = None) -> Run:
     out = Path(config.out)
     bundle = bundle or load(config.model, dtype=config.train.precision, extend=config.extend)
     train, validation = prepared(config, bundle)
+    apply_passes(bundle.model, config.passes)
     announce(foresee(config, bundle.model, train, adapter=config.adapter))
     if config.adapter is not None:
         config.adapter.apply(bundle.model)
@@ -109,11 +115,12 @@ def sft(config: SFT, *, bundle: Bundle | None = None) -> Run:
             "model": bundle.spec.digest(),
             "weights": bundle.digest,
             "adapter": None if config.adapter is None else config.adapter.to_dict(),
+            **({"passes": [step.to_dict() for step in config.passes]} if config.passes else {}),
         },
     )
     keep_config(config, out)
     bundle.model.eval()
-    return Run(path=_save(config, bundle, out), model=bundle.model, metrics=done.metrics)
+    return Run(path=keep_result(config, bundle, out, step="sft"), model=bundle.model, metrics=done.metrics)
 
 
 def plan(config: SFT, *, bundle: Bundle | None = None) -> dict[str, Any]:
@@ -121,6 +128,7 @@ def plan(config: SFT, *, bundle: Bundle | None = None) -> dict[str, Any]:
     and parameters, and `needs`, in memory, disk and time. Raises what `sft` raises before its first step."""
     bundle = bundle or load(config.model, dtype=config.train.precision, extend=config.extend)
     train, _ = prepared(config, bundle)
+    apply_passes(bundle.model, config.passes)
     needed = foresee(config, bundle.model, train, adapter=config.adapter)
     log.table("plan", ("what", "how much"), needed.rows())
     if config.adapter is not None:
@@ -180,7 +188,7 @@ def loss_on(bank: Prepared, objective: Objective, *, rows: int) -> Callable[[nn.
                 weights[name] = weights.get(name, 0.0) + weight
             for name, term in objective.terms(model, batch).items():
                 sums[name] = sums.get(name, 0.0) + float(term)
-        return {name: sums[name] / weights[name] for name in sums}
+        return {name: sums[name] / weights[name] for name in sums if weights[name]}
 
     return validate
 
@@ -196,9 +204,11 @@ def keep_config(config: Spec, out: Path) -> None:
         sink.write(configs.dump(config).encode())
 
 
-def _save(config: SFT, bundle: Bundle, out: Path) -> Path:
+def keep_result(config: SFT, bundle: Bundle, out: Path, *, step: str) -> Path:
+    """Save what was trained: the adapter, or the model with `step` in its lineage."""
+    bundle.model.passes = tuple(done for done in bundle.passes if done.lasting)
     if config.adapter is None:
-        return bundle.since("sft", config=config.to_dict(), base=bundle.digest).save(out / "model", overwrite=True)
+        return bundle.since(step, config=config.to_dict(), base=bundle.digest).save(out / "model", overwrite=True)
     path = out / "adapter"
     base = bundle.path if bundle.path.is_dir() else None
     peft.write(

@@ -7,7 +7,7 @@ several stacks has a sheet for each of them. Elementwise operations and norms ar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,19 @@ from ..adapt.passes import apply_passes
 from ..core import config as configs
 from ..core import device as devices
 from ..core.errors import ConfigError, FileError
-from ..core.spec import Part, Spec, validate
+from ..core.spec import Part, Spec, parts, validate
 from ..io import directory, files
 from ..io.hf import families
 from ..models import count
 from ..models.block import Block
 from ..models.model import BuiltModel, Model, with_kind
-from ..models.presets import presets
+from ..models.presets import assemblies, presets
 from ..models.transformer import TransformerModel, build
 from ..nn.activations import Activation
 from ..nn.cross import CrossAttention
 from ..nn.heads import Head, LMHead, MaskedLMHead, MultiToken
 from ..nn.norms import Norm
+from ..nn.patches import Patches
 from ..nn.patterns import Pattern
 from ..nn.positions import Position
 from ..nn.positions_absolute import Absolute
@@ -47,7 +48,7 @@ CONTEXT = 2048  # tokens, where neither the model nor the reader says how many
 
 def unloaded(x: str | Path, *, allow_unknown: Collection[str] = ()) -> BuiltModel[Any] | None:
     """The model that `x` describes, on the meta device: a model directory (what it holds of weights is not read), a bare
-    config.json, a file with a spec (as `pretrain` takes under `model`), or the name of a preset; None if `x` is none of them.
+    config.json, a file with a spec or with a run's config that holds one, or the name of a preset; None if `x` is none of them.
 
     Raises `FileError` and `ConfigError` for what is damaged or cannot be expressed.
     """
@@ -56,11 +57,13 @@ def unloaded(x: str | Path, *, allow_unknown: Collection[str] = ()) -> BuiltMode
         data = configs.load(path).data
         if "model_type" in data:
             return _of_config(data, path.parent, allow_unknown)
-        return build(validate(Model, with_kind(data.get("spec", data)), where=str(path)))
+        inner = next((key for key in ("spec", "model") if isinstance(data.get(key), Mapping)), None)  # of trivium.json, of a run
+        return build(validate(Model, with_kind(data[inner] if inner else data), where=".".join(filter(None, (str(path), inner)))))
     if (path / directory.CONFIG).is_file():
         return _of_config(files.read_json(path / directory.CONFIG), path, allow_unknown)
-    if not path.exists() and str(x) in presets:
-        return build(presets.get(str(x))())
+    for shapes in () if path.exists() else (presets, assemblies):
+        if str(x) in shapes:
+            return build(shapes.get(str(x))())
     return None
 
 
@@ -112,6 +115,7 @@ def _stack(model: TransformerModel, *, context: int | None, decodes: bool) -> di
         "context": spec.context,
         "causal": spec.causal,
         "order": shorthand(spec.layers),
+        "shared": list(spec.shared),
         "blocks": [_block(model, name, block, decodes=decodes) for name, block in spec.blocks.items()],
         "embed": spec.embed.to_dict(),
         "head": spec.head.to_dict(),
@@ -120,7 +124,7 @@ def _stack(model: TransformerModel, *, context: int | None, decodes: bool) -> di
         "cache_bytes_per_token": sum(count.cache_bytes(model)) if decodes else 0,
         "state_bytes_per_row": sum(count.state_bytes(model)) if decodes else 0,
         **({"memory_bytes_per_token": memory} if memory else {}),
-        "at": at(model, context or spec.context or CONTEXT, decodes=decodes),
+        "at": at(model, _length(model, context), decodes=decodes),
     }
 
 
@@ -161,6 +165,12 @@ def at(model: TransformerModel, context: int, *, decodes: bool = True) -> dict[s
     }
 
 
+def _length(model: TransformerModel, asked: int | None) -> int:
+    """The length that costs are told at: images have theirs."""
+    embed = model.spec.embed
+    return embed.count + embed.start if isinstance(embed, Patches) else asked or model.spec.context or CONTEXT
+
+
 def _crosses(model: TransformerModel) -> list[CrossAttention]:
     found = [model.spec.blocks[name].cross for name in model.spec.layers]
     return [cross for cross in found if isinstance(cross, CrossAttention)]
@@ -180,17 +190,6 @@ def _memory_bytes(model: TransformerModel) -> int:
 def _tied(head: Head) -> bool | None:
     """Whether the head reads the embedding's table; None for one that has no such choice."""
     return head.tied if isinstance(head, LMHead | MaskedLMHead | MultiToken) else None
-
-
-def parts(spec: Spec) -> Iterator[Part]:
-    """Every part within `spec`, itself included, from the outside in."""
-    if isinstance(spec, Part):
-        yield spec
-    for name in type(spec).model_fields:
-        value = getattr(spec, name)
-        for item in value.values() if isinstance(value, Mapping) else (value,):
-            if isinstance(item, Spec):
-                yield from parts(item)
 
 
 def brief(part: Spec | Mapping[str, Any] | None) -> str:
@@ -241,14 +240,17 @@ def tables(found: Mapping[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
 def _facts(found: Mapping[str, Any], stack: Mapping[str, Any]) -> dict[str, str]:
     cost, alone = stack["at"], len(found["stacks"]) == 1
     facts = {
-        "shape": ", ".join((
-            _many(sum(block["layers"] for block in stack["blocks"]), "layer"),
-            f"width {stack['dim']:,}",
-            f"{stack['vocab']:,} tokens",
-            f"context {'not said' if stack['context'] is None else format(stack['context'], ',')}",
-            *(() if stack["causal"] else ("sees both ways",)),
-        )),
+        "shape": ", ".join(
+            (
+                _many(sum(block["layers"] for block in stack["blocks"]), "layer"),
+                f"width {stack['dim']:,}",
+                *(() if stack["embed"]["kind"] == "patches" else (f"{stack['vocab']:,} tokens",)),
+                f"context {'not said' if stack['context'] is None else format(stack['context'], ',')}",
+                *(() if stack["causal"] else ("sees both ways",)),
+            )
+        ),
         "order": stack["order"],
+        **({"shared": f"the weights of {', '.join(stack['shared'])}, by all layers of the name"} if stack["shared"] else {}),
         "parameters": f"{found['parameters']:,}{'' if alone else ' (of all stacks)'}"
         + (f", of which {found['active']:,} active" if found["active"] != found["parameters"] else ""),
         "weights": f"{_size(found['weight_bytes'])} as {found['dtype']}{'' if alone else ' (of all stacks)'}",

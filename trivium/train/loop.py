@@ -125,6 +125,8 @@ def fit(
     }
     if config.recompute is not None and not isinstance(model, TransformerModel):
         raise ConfigError("train.recompute: only the layers of a transformer can be computed again", field="train.recompute")
+    if objective.coupled and config.micro is not None and config.micro < config.rows:
+        raise ConfigError(f"train.micro: the rows of an update cannot be taken apart: {objective.coupled}", field="train.micro")
     if isinstance(model, TransformerModel):
         model.recompute = config.recompute
     faster = compiled(model) if config.compile else nullcontext()
@@ -182,7 +184,7 @@ class _Update:
         micros = batch.split(math.ceil(rows / (self.config.micro or rows)))
         weights = [self.objective.weights(micro) for micro in micros]
         totals = {name: sum(weight[name] for weight in weights) for name in weights[0]}
-        if empty := [name for name, weight in totals.items() if weight <= 0]:
+        if empty := [name for name, weight in totals.items() if weight <= 0 and name not in self.objective.measured]:
             names = ", ".join(empty)
             raise DataError(f"batch {step} has nothing to learn: the weight of {names} is 0; look at its rows with `trivium data inspect`")
         means = self._gradients(step, micros, totals)
@@ -211,11 +213,12 @@ class _Update:
         for index, micro in enumerate(micros):
             torch.manual_seed(derive(self.config.seed, "dropout", step, index))
             terms = self.objective.terms(self.model, micro.to(self.device))
-            torch.stack([term / totals[name] for name, term in terms.items()]).sum().backward()
+            learned = [term / totals[name] for name, term in terms.items() if name not in self.objective.measured]
+            torch.stack(learned).sum().backward()
             self.masters.accumulate()
             for name, term in terms.items():
                 sums[name] += term.detach()
-        return {name: value.item() / totals[name] for name, value in sums.items()}
+        return {name: value.item() / totals[name] for name, value in sums.items() if totals[name]}
 
     def _check(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

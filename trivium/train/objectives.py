@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -29,7 +29,17 @@ if TYPE_CHECKING:
 
 class Objective(Part, registry=Registry("objective", "trivium.train")):
     """Root of the objectives. Every term is a sum that is linear in rows, and its weight counts what was summed; a term that
-    is not linear is declared in `exempt`."""
+    is not linear is declared in `exempt`. Terms that `measured` names are shown and not learned; a batch may hold none of theirs."""
+
+    @property
+    def measured(self) -> Collection[str]:
+        """The terms without gradients."""
+        return ()
+
+    @property
+    def coupled(self) -> str | None:
+        """Why rows of a batch need each other, if they do: such a batch is never split."""
+        return None
 
     def weights(self, batch: Batch) -> dict[str, float]:
         """By term: how much `batch` weighs, in the term's unit (targets, rows, ...)."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ...core.errors import ConfigError
-from ...core.spec import Spec
+from ...core.spec import Spec, validate
 from ...models.model import Model
 from ...models.transformer import Transformer
 from ...models.vision_language import VisionLanguage
@@ -22,10 +22,10 @@ from ...nn.heads_task import Project
 from ...nn.resampler import MLPConnector
 from ..rules import Rename, Rule, within
 from . import Family, families
-from .clip import CLIP_VISION, inner, outer
+from .clip import CLIP_VISION, LEGACY, inner, outer
 from .gpt2 import GPT2_ACTIVATIONS as ACTIVATIONS
 
-LEGACY = frozenset({"ignore_index", "vocab_size"})  # the loss's business, and the text's
+UNREAD = LEGACY | {"ignore_index"}  # the loss's business
 DEFAULT_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "patch_size": 14, "image_size": 336, "num_hidden_layers": 24}
 DEFAULTS = {  # what transformers takes where a part is left out altogether
     "vision_config": {"model_type": "clip_vision_model", **DEFAULT_VISION, "num_attention_heads": 16, "projection_dim": 768},
@@ -64,7 +64,7 @@ class Llava(Family):
         return config
 
     def unknown_keys(self, config: Mapping[str, Any]) -> list[str]:
-        return [key for key in super().unknown_keys(config) if key not in LEGACY]
+        return [key for key in super().unknown_keys(config) if key not in UNREAD]
 
     def to_hf(self, spec: Model, rest: Mapping[str, Any]) -> dict[str, Any]:
         config = super().to_hf(spec, rest)
@@ -82,14 +82,15 @@ class Llava(Family):
         if not -layers - 1 <= layer <= layers:
             message = f"vision_feature_layer {layer} is none of the {layers} layers of vision_config"
             raise ConfigError(f"config.json: {message}", field="vision_feature_layer", value=layer)
-        return VisionLanguage(
-            vision=vision,
-            connector=MLPConnector(activation=activation_of(keys), bias=keys.multimodal_projector_bias),
-            text=text,
-            image_token=keys.image_token_index,
-            depth=layer % (layers + 1),
-            start=keys.vision_feature_select_strategy == "full",
-        )
+        said = {
+            "vision": vision,
+            "connector": MLPConnector(activation=activation_of(keys), bias=keys.multimodal_projector_bias),
+            "text": text,
+            "image_token": keys.image_token_index,
+            "depth": layer % (layers + 1),
+            "start": keys.vision_feature_select_strategy == "full",
+        }
+        return validate(VisionLanguage, said, where="config.json")
 
     def values(self, spec: Any) -> dict[str, Any]:
         if not isinstance(spec, VisionLanguage) or not isinstance(spec.connector, MLPConnector) or spec.depth is None:

@@ -53,7 +53,7 @@ class Keys(Spec):
 
 
 class ViT(Family):
-    """ViT, and DeiT in its form."""
+    """ViT."""
 
     model_type = "vit"
     architecture = "ViTModel"
@@ -104,7 +104,9 @@ class ViT(Family):
     def rules(self, spec: Transformer) -> list[Rule]:
         if isinstance(spec.head, Classifier):
             return [*self._body(spec, "vit."), Rename("classifier", "head.out")]
-        return [*(rule for prefix in ("", "vit.") for rule in [*self._body(spec, prefix), Rename(f"{prefix}pooler.dense", "head.pooler.dense")])]
+        return [
+            *(rule for prefix in ("", "vit.") for rule in [*self._body(spec, prefix), Rename(f"{prefix}pooler.dense", "head.pooler.dense")])
+        ]
 
     def _body(self, spec: Transformer, prefix: str) -> list[Rule]:
         embed, dim = spec.embed, spec.dim

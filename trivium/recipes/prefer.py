@@ -1,0 +1,246 @@
+"""Preference learning: pairs of answers (or answers that were liked or not) and a model in, an adapter or a model out.
+
+Reads top to bottom as supervised fine-tuning does, and shares its saving, resuming and planning. New are the rows, which stand in
+pairs, the reference, and what is warned of: that the better answers become less likely, or that length is what is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, SerializeAsAny
+
+from ..adapt.adapter import initialize_adapter
+from ..adapt.passes import apply_passes
+from ..core.device import dtype
+from ..core.errors import ConfigError
+from ..core.log import log
+from ..data import rows
+from ..data.bank import Prepared
+from ..data.batches import Batches
+from ..data.inspect import paint, spans
+from ..data.pairs import prepare_judged, prepare_pairs
+from ..models.context import check_length
+from ..optim.optimizers import AdamW, Optimizer
+from ..train import history
+from ..train.loop import TrainConfig, fit
+from ..train.objectives import Objective
+from ..train.preference import DPO, KTO, Preference
+from ..train.reference import VALUE, referred
+from ..train.rewards import BradleyTerry
+from ..train.run import Run
+from .load import Bundle, load
+from .needs import announce, foresee
+from .sft import ALIASES as SFT_ALIASES
+from .sft import CONFIG, SFT, keep_config, keep_result, loss_on
+
+FALLEN = 0.02  # nats per token by which the better answers may become less likely before it is said
+BIASED = 0.3  # how much more accurate a model may be where the better answer is the longer
+
+
+class Pairs(SFT):
+    """A run whose rows are pairs."""
+
+    data: tuple[str, ...] = Field(min_length=1, description="rows of pairs, or of judged answers: files, folders or globs")
+    length: int = Field(512, ge=2, description="tokens in one side of a pair; a packed row has room for two")
+    max_same: int | None = Field(0, ge=0, description="how many pairs may have two sides alike, and are left out; null: any number")
+    train: TrainConfig = Field(TrainConfig(rows=4), description="how long and how")
+
+
+class Prefer(Pairs):
+    """What one run of preference learning is. The resolved config is saved with the run and runs it again."""
+
+    out: str = Field("runs/prefer", description="the run's folder")
+    objective: SerializeAsAny[Objective] = Field(DPO(), description="the method")
+    reference: Literal["auto", "adapter", "cached"] = Field(
+        "auto", description="the reference: adapter (the model with it off), cached (computed once, kept on disk), or what fits"
+    )
+    reference_file: str | None = Field(None, description="where a cached reference is kept; none given: in the run's folder")
+    optim: SerializeAsAny[Optimizer] = Field(AdamW(lr=5e-5), description="the optimizer")
+
+
+ALIASES = SFT_ALIASES | {"method": "objective.kind", "loss_type": "objective.kind", "beta": "objective.beta"}
+
+
+def prefer(config: Prefer, *, bundle: Bundle | None = None) -> Run:
+    """Train `config.model` on the preferences in `config.data` and save the result in `config.out`.
+
+    `bundle`: the model, already loaded, as it is to be compared with. The `Run`'s path and what can be resumed are those of
+    `sft`. Raises, before the first step, `DataError` for rows that cannot be compared, `ConfigError` for an objective that does
+    not take them or a reference that is not there, `FileError` for a reference of other weights.
+    """
+    out = Path(config.out)
+    check(config)
+    bundle = bundle or load(config.model, dtype=config.train.precision, extend=config.extend)
+    train, validation = prepared(config, bundle)
+    apply_passes(bundle.model, config.passes)
+    announce(foresee(config, bundle.model, stand_in(config, train), adapter=config.adapter))
+    if reference_of(config) == "cached":
+        train, validation = with_reference(config, bundle, train, validation)
+    if config.adapter is not None:
+        config.adapter.apply(bundle.model)
+        initialize_adapter(bundle.model, config.adapter.name, seed=config.train.seed)
+    if not (out / CONFIG).exists():
+        keep_config(config, out)
+    done = fit(
+        bundle.model.to(dtype(config.train.precision)),
+        Batches([(train, 1)], seed=config.train.seed, rows=config.train.rows),
+        objective=config.objective,
+        optim=config.optim,
+        schedule=config.schedule,
+        config=config.train,
+        directory=out,
+        validate=None if validation is None else loss_on(validation, config.objective, rows=config.train.rows),
+        identity={
+            "model": bundle.spec.digest(),
+            "weights": bundle.digest,
+            "adapter": None if config.adapter is None else config.adapter.to_dict(),
+            "reference": reference_of(config),
+            **({"passes": [step.to_dict() for step in config.passes]} if config.passes else {}),
+        },
+    )
+    keep_config(config, out)
+    for text in doubts(history.read(out)):
+        log.warn(text)
+    bundle.model.eval()
+    return Run(path=keep_result(config, bundle, out, step="prefer"), model=bundle.model, metrics=done.metrics)
+
+
+def plan(config: Prefer, *, bundle: Bundle | None = None) -> dict[str, Any]:
+    """What `prefer` would do, without doing it: `data`, in pairs and tokens, and `needs`, in memory, disk and time. Raises
+    what `prefer` raises before it computes a reference."""
+    check(config)
+    bundle = bundle or load(config.model, dtype=config.train.precision, extend=config.extend)
+    train, _ = prepared(config, bundle)
+    apply_passes(bundle.model, config.passes)
+    needed = foresee(config, bundle.model, stand_in(config, train), adapter=config.adapter)
+    log.table("plan", ("what", "how much"), needed.rows())
+    return {"data": facts(train), "needs": needed.to_dict()}
+
+
+def check(config: Prefer) -> None:
+    """Raises `ConfigError` for what cannot be run together."""
+    if not isinstance(config.objective, Preference | KTO):
+        if isinstance(config.objective, BradleyTerry):
+            raise ConfigError("objective: 'bradley_terry' trains a reward model, which is trivium.recipes.reward's", field="objective")
+        kinds = ", ".join(name for name, part in Objective.registry.items() if issubclass(part, Preference | KTO))
+        raise ConfigError(f"objective: {config.objective.kind!r} does not learn from preferences (these do: {kinds})", field="objective")
+    if config.reference == "adapter" and config.adapter is None:
+        raise ConfigError("reference: without an adapter there is none to switch off; say --reference cached", field="reference")
+    if config.objective.coupled and config.train.micro is not None and config.train.micro < config.train.rows:
+        raise ConfigError(f"train.micro: the rows of an update cannot be taken apart: {config.objective.coupled}", field="train.micro")
+
+
+def reference_of(config: Prefer) -> Literal["adapter", "cached"] | None:
+    """Where the reference comes from; None: the method has none."""
+    if isinstance(config.objective, Preference) and not config.objective.refers:
+        return None
+    if config.reference == "auto":
+        return "cached" if config.adapter is None else "adapter"
+    return config.reference
+
+
+def prepared(config: Pairs, bundle: Bundle) -> tuple[Prepared, Prepared | None]:
+    """The training and validation rows as token banks of pairs, shown on the log with the first pair's labels."""
+    found: list[Prepared] = []
+    for name, paths in (("training", config.data), ("validation", config.validation)):
+        if not paths:
+            continue
+        make = prepare_judged if isinstance(config.objective, KTO) else prepare_pairs
+        bank = make(
+            rows.read(paths),
+            bundle.prompt,
+            length=config.length,
+            format=config.format,
+            turns=config.turns,
+            too_long=config.too_long,
+            max_dropped=config.max_dropped,
+            max_empty=config.max_empty,
+            max_same=config.max_same,
+        )
+        longest = int(bank.index["length"].max(initial=0))
+        check_length(bundle.spec.context, longest, what=f"{name} data: the longest side has", field="data")
+        log.table(f"{name} data", ("what", "value"), [(what, str(value)) for what, value in facts(bank).items()])
+        found.append(bank)
+    for row, what in enumerate(("learned from", "compared with it" if not isinstance(config.objective, KTO) else "its mismatch")):
+        log.say(f"{what} in the first rows:\n" + paint(spans(found[0], row, bundle.tokenizer), color=log.color))
+    return found[0], found[1] if config.validation else None
+
+
+def facts(bank: Prepared) -> dict[str, Any]:
+    """What there is in a bank of pairs. Lengths are of answers, in tokens."""
+    first, second = bank.index["supervised"][0::2], bank.index["supervised"][1::2]
+    label = bank.values.get("label")
+    told = {
+        "examples": bank.facts.examples,
+        "format": bank.facts.format,
+        "pairs" if label is None else "judged answers": len(first),
+        "tokens": len(bank.tokens),
+        "packed rows": len(bank.bins),
+    }
+    if label is None:
+        told |= {
+            "mean length of chosen": round(float(first.mean()), 1),
+            "mean length of rejected": round(float(second.mean()), 1),
+            "chosen is longer": round(float((first > second).mean()), 3),
+        }
+    else:
+        told |= {"liked": int((label > 0).sum()), "disliked": int((label < 0).sum())}
+    for kind in ("same", "empty", "dropped", "truncated"):
+        tally = getattr(bank.facts, kind)
+        if tally.count:
+            told[kind] = f"{tally.count}: {', '.join(tally.first)}{', ...' if tally.count > len(tally.first) else ''}"
+    return told
+
+
+def stand_in(config: Prefer, train: Prepared) -> Prepared:
+    """`train` as it will be once it has a reference, for planning: with zeros, where it is to be cached."""
+    if reference_of(config) != "cached":
+        return train
+    return replace(train, values={**train.values, VALUE: np.zeros(len(train), np.float32)})
+
+
+def with_reference(config: Prefer, bundle: Bundle, train: Prepared, validation: Prepared | None) -> tuple[Prepared, Prepared | None]:
+    """The banks with the log-probabilities of `bundle`'s model, as it stands now."""
+    path = Path(config.reference_file) if config.reference_file else Path(config.out) / "reference.safetensors"
+    weights = bundle.weights()
+    train = referred(bundle.model, train, path, weights=weights, rows=config.train.rows)
+    if validation is not None:
+        path = path.with_name(f"{path.stem}-validation{path.suffix}")
+        validation = referred(bundle.model, validation, path, weights=weights, rows=config.train.rows)
+    return train, validation
+
+
+def doubts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a user should know about a run, from its metrics: its first tenth (at least one update) against its last."""
+    if len(rows) < 2:
+        return []
+    share = max(1, len(rows) // 10)
+
+    def mean(name: str, part: Sequence[Mapping[str, Any]]) -> float | None:
+        values = [row[name] for row in part if name in row]
+        return fmean(values) if values else None
+
+    found = []
+    per_token = [
+        logprob / length
+        for part in (rows[:share], rows[-share:])
+        if (logprob := mean("chosen_logprob", part)) is not None and (length := mean("chosen_length", part))
+    ]
+    if len(per_token) == 2 and per_token[1] < per_token[0] - FALLEN:
+        found.append(
+            f"the chosen answers became less likely: {per_token[0]:.3f} nats per token at first, {per_token[1]:.3f} at the end. "
+            "The margin may grow all the same; raise objective.beta, lower optim.lr, or take a method that learns them too (orpo)"
+        )
+    longer, shorter = (mean(name, rows[-share:]) for name in ("accuracy_longer", "accuracy_shorter"))
+    if longer is not None and shorter is not None and longer - shorter > BIASED:
+        found.append(
+            f"length may be what is learned: at the end {longer:.0%} of the pairs whose chosen answer is the longer are told right, and "
+            f"{shorter:.0%} of those where it is the shorter; take simpo or dpo with objective.per_token, or balance the rows"
+        )
+    return found
