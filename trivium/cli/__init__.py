@@ -52,7 +52,9 @@ COMMANDS = (
     Command("ablate", "trivium.cli.ablate:ablate", "Exchange parts, train all variants alike, compare.", "trivium.lab.ablate:Ablate"),
     Command("plan", "trivium.cli.plan:plan", "What a run would need: memory, disk, time; and whether it fits.", "trivium.recipes.plan:Ask"),
     Command("sft", "trivium.cli.sft:sft", "Teach a model from examples (supervised fine-tuning).", "trivium.recipes.sft:SFT"),
-    Command("prefer", "trivium.cli.prefer:prefer", "Teach a model which answers are better (DPO and its kin).", "trivium.recipes.prefer:Prefer"),
+    Command(
+        "prefer", "trivium.cli.prefer:prefer", "Teach a model which answers are better (DPO and its kin).", "trivium.recipes.prefer:Prefer"
+    ),
     Command("eval run", "trivium.cli.eval:run", "Measure a model on a task.", "trivium.recipes.evaluate:Eval"),
     Command("eval diff", "trivium.cli.eval:diff", "Compare two results, row by row."),
     Command("adapter inspect", "trivium.cli.adapter:inspect", "What an adapter changes, and by how much."),

@@ -54,7 +54,9 @@ def unmerge_adapter(
     step = adapters(bundle.model)["default"]
     if type(step) is not LoRA or step.full:
         raise ConfigError(
-            f"{adapter}: what a {step.kind} adapter was merged into does not tell what it was before: keep the base", field="kind", value=step.kind
+            f"{adapter}: what a {step.kind} adapter was merged into does not tell what it was before: keep the base",
+            field="kind",
+            value=step.kind,
         )
     with torch.no_grad():
         for _, update in updates(bundle.model, "default").values():

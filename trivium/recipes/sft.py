@@ -49,7 +49,9 @@ class SFT(Spec):
     adapter: Annotated[SerializeAsAny[Adapter], BeforeValidator(with_kind)] | None = Field(
         LoRA(), description="what is trained beside the frozen model; null trains the model's own parameters"
     )
-    passes: tuple[SerializeAsAny[Pass], ...] = Field((), description="what is done to the model first, such as noise, or freeze without an adapter")
+    passes: tuple[SerializeAsAny[Pass], ...] = Field(
+        (), description="what is done to the model first, such as noise, or freeze without an adapter"
+    )
     length: int = Field(1024, ge=2, description="tokens in a packed row")
     format: str | None = Field(None, description="the rows' format, if their columns do not tell")
     turns: Literal["all", "last"] = Field("all", description="which assistant turns are trained")
