@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,7 +81,7 @@ class Signalled(Rows):
     def batch(self, i: int) -> Batch:
         if i == self.at:
             for _ in range(self.times):
-                os.kill(os.getpid(), self.number)
+                signal.raise_signal(self.number)
         return super().batch(i)
 
 
