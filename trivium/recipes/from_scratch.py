@@ -44,7 +44,7 @@ class FromScratch(Spec):
     megabytes: float = Field(8.0, gt=0, description="most text to learn from")
     held_out: int = Field(12, gt=0, description="files that are measured and never trained on")
     length: int = Field(256, ge=2, description="tokens in a row")
-    train: TrainConfig = Field(TrainConfig(rows=8, steps=2000, validate_every=500, save_every=400), description="how long and how")
+    train: TrainConfig = Field(TrainConfig(rows=8, steps=1800, validate_every=600, save_every=300), description="how long and how")
     teach: TrainConfig = Field(TrainConfig(rows=8, steps=60), description="how long and how the adapter is trained")
 
 
