@@ -206,7 +206,8 @@ def test_why_names_a_backend_and_auto_is_it():
 
     assert ask(1, 100_000) == "native" and ask(200, 200) == "native"
     assert ask(300, 300) == "sdpa" and ask(300, 300, gradients=True) == "native"
-    assert ask(2000, 2000, softcap=5.0) == "native" and ask(20_000, 20_000, softcap=5.0) == "tiled"
+    assert ask(200, 200, mask=torch.ones(200, 200, dtype=torch.bool)) == "sdpa"  # the native softmax is causal
+    assert ask(1000, 1000, softcap=5.0) == "native" and ask(2000, 2000, softcap=5.0) == ask(20_000, 20_000, softcap=5.0) == "tiled"
     assert ask(2000, 2000, bias=lambda i, j: i) == "sdpa" and ask(20_000, 20_000, bias=lambda i, j: i) == "tiled"
     assert ask(300, 300, device="meta") == "sdpa" and ask(2, 2, softcap=5.0, device="meta") == "native"
     long = int(WHOLE**0.5) + 1

@@ -137,10 +137,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, mask: M
             "torch's scaled_dot_product_attention has no softcap; use another attention backend", field="backend", value="sdpa"
         )
     mask = dense(mask)
-    grouped, added = q.shape[1] != k.shape[1], mask
+    grouped, added, width = q.shape[1] != k.shape[1], mask, v.shape[-1]
     if extras.bias is not None or extras.sinks is not None:
         causal, added, k, v = False, *_added(q, k, v, causal=causal, mask=mask, extras=extras)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, is_causal=causal, scale=scale, enable_gqa=grouped)
+    if q.device.type == "cpu" and q.shape[-1] > width:  # its fused kernel there wants one width; zeros cost less than every score in memory
+        v = F.pad(v, (0, q.shape[-1] - width))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, is_causal=causal, scale=scale, enable_gqa=grouped)[..., :width]
     if mask is not None and extras.sinks is None:
         out = out.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return out
@@ -180,10 +182,10 @@ def why(q: Tensor, k: Tensor, *, mask: Mask | None = None, extras: Extras = NONE
     if q.device.type == "cpu":
         if count <= 16:
             return Choice("native", "few queries: plain products on a CPU")
-        if pairs <= (512 * 512 if trained else 256 * 256):
+        if mask is None and pairs <= (512 * 512 if trained else 256 * 256):
             return Choice("native", "short: on a CPU, SDPA's backward costs several times its forward")
     if extras.softcap is not None:
-        if batch * heads * pairs <= WHOLE:
+        if pairs < 1024 * 1024 and batch * heads * pairs <= WHOLE:
             return Choice("native", "SDPA has no softcap")
         return Choice("tiled", "SDPA has no softcap, and plain products would hold every score")
     if extras.bias is not None and heads * pairs > WHOLE:

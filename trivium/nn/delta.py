@@ -20,7 +20,7 @@ from .attention import Mixer, MixerModule
 from .chunks import Decay, chunk_size, decays, from_chunks, in_chunks
 from .keepers import Fixed, State
 from .linear import Linear, Projections
-from .linear_attention import extents, refuse_prefix
+from .linear_attention import extents
 from .norms import RMS, Norm
 from .products import Product
 from .recurrent import States, recur
@@ -74,14 +74,13 @@ class GatedDeltaMixer(MixerModule):
 
     def forward(self, x: Tensor, step: Step, handle: Handle) -> Tensor:
         spec = self.spec
-        refuse_prefix(step, spec.kind)
         q, k, v, gate, beta, decay = self.inp(x, step)
         mixed = self.conv(torch.cat([q, k, v], -1), step, handle)
         q, k, v = mixed.split([q.shape[-1], k.shape[-1], v.shape[-1]], -1)
         _, log_decay = self.decay(decay)
         q, k = unit(q.unflatten(-1, (-1, spec.key_dim))) * spec.key_dim**-0.5, unit(k.unflatten(-1, (-1, spec.key_dim)))
         inputs = (q, k, v.unflatten(-1, (-1, spec.value_dim)), log_decay, beta.float().sigmoid())
-        y = recur(_scan, inputs, ("memory",), step, handle).to(x.dtype)
+        y = recur(_scan, inputs, ("memory",), step, handle, mixer=spec.kind).to(x.dtype)
         y = self.norm(y) * F.silu(gate.float()).view(y.shape)
         return self.out(y.to(x.dtype).flatten(-2), step)
 
@@ -170,13 +169,14 @@ def chunked_gated_delta(
     scores, q, k = (q @ k.mT) * between, q.squeeze(3), k.squeeze(3)
     state = None if memory is None else memory.float().unflatten(1, (groups, heads // groups))
     outputs = []
-    for i in range(v.shape[1]):
-        written = own[:, i] if state is None else own[:, i] - read[:, i] @ state
-        y = scores[:, i] @ written
-        left = torch.einsum("zgtd,zgrte->zgrde", k[:, i], written * until[:, i])
+    chunks = (x.unbind(1) for x in (q, k, own, read, scores, since, until))  # a slice's gradient would be as large as all of them
+    for q_i, k_i, own_i, read_i, scores_i, since_i, until_i in zip(*chunks, strict=True):
+        written = own_i if state is None else own_i - read_i @ state
+        y = scores_i @ written
+        left = torch.einsum("zgtd,zgrte->zgrde", k_i, written * until_i)
         if state is not None:
-            y = y + torch.einsum("zgtd,zgrde->zgrte", q[:, i], state) * since[:, i]
-            left = left + state * since[:, i, :, :, -1:]
+            y = y + torch.einsum("zgtd,zgrde->zgrte", q_i, state) * since_i
+            left = left + state * since_i[..., -1:, :]
         state = left
         outputs.append(y)
     assert state is not None

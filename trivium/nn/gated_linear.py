@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import Mixer, MixerModule
 from .keepers import Fixed, State
 from .linear import Linear, Projections
-from .linear_attention import chunk_products, into_chunks, out_of_chunks, refuse_prefix, wide
+from .linear_attention import chunk_products, into_chunks, out_of_chunks, wide
 from .norms import RMS, Norm
 from .positions import Rope
 from .products import Product
@@ -77,7 +77,7 @@ class ForgettingMixer(MixerModule):
         super().__init__()
         keys, values = spec.heads * spec.key_dim, spec.heads * spec.value_dim
         widths = {"q": keys, "k": keys, "v": values, "gate": values, **further}
-        self.heads = spec.heads
+        self.kind, self.heads = spec.kind, spec.heads
         self.shape = (spec.heads, spec.key_dim, spec.value_dim)
         self.inp = Projections(**{name: Linear(dim, width) for name, width in widths.items()})
         self.norm = spec.norm.build(spec.value_dim)
@@ -88,7 +88,8 @@ class ForgettingMixer(MixerModule):
 
     def retain(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, step: Step, handle: Handle) -> Tensor:
         """q, k [B, T, H, D], v [B, T, H, E], decay [B, T, H, D or 1] -> [B, T, H, E]."""
-        return recur(partial(_scan, size=self.size), (wide(q) * q.shape[-1] ** -0.5, wide(k), wide(v), decay), ("kv",), step, handle)
+        inputs = (wide(q) * q.shape[-1] ** -0.5, wide(k), wide(v), decay)
+        return recur(partial(_scan, size=self.size), inputs, ("kv",), step, handle, mixer=self.kind)
 
     def finish(self, y: Tensor, gate: Tensor, step: Step) -> Tensor:
         y = self.norm(y.to(gate.dtype)).flatten(-2)
@@ -113,7 +114,6 @@ class GatedLinearMixer(ForgettingMixer):
         return chunk_products(step, *self.shape, flows=(q, k, flows["v"]), size=self.size, pairs=False)
 
     def forward(self, x: Tensor, step: Step, handle: Handle) -> Tensor:
-        refuse_prefix(step, self.spec.kind)
         q, k, v, gate, low = self.inp(x, step)
         decay = self.split(F.logsigmoid(wide(self.decay(low, step))) / self.spec.temperature)
         return self.finish(self.retain(self.split(q), self.split(k), self.split(v), decay, step, handle), gate, step)
@@ -128,7 +128,6 @@ class RetentionMixer(ForgettingMixer):
         return chunk_products(step, *self.shape, flows=(flows["q"], flows["k"], flows["v"]), size=self.size)
 
     def forward(self, x: Tensor, step: Step, handle: Handle) -> Tensor:
-        refuse_prefix(step, self.spec.kind)
         q, k, v, gate = self.inp(x, step)
         q, k, v = self.split(q), self.split(k), self.split(v)
         if self.spec.position is not None:
@@ -172,9 +171,10 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor | None
         return out_of_chunks(y, count), added[:, :, 0]
     from_start = decay.cumsum(-2)
     held, before = torch.zeros_like(added[:, :, 0]) if state is None else state, []
-    for m in range(added.shape[2]):
+    kept = from_start[..., -1, :, None].exp()
+    for keep, add in zip(kept.unbind(2), added.unbind(2), strict=True):  # a slice's gradient would be as large as all of them
         before.append(held)
-        held = held * from_start[:, :, m, -1, :, None].exp() + added[:, :, m]
+        held = held * keep + add
     return out_of_chunks(y + (q * from_start.exp()) @ torch.stack(before, 2), count), held
 
 

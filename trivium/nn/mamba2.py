@@ -18,7 +18,7 @@ from .attention import Mixer, MixerModule
 from .chunks import Decay, chunk_size, decays, from_chunks, in_chunks
 from .keepers import Fixed, State
 from .linear import Linear, OwnStart, Projections
-from .linear_attention import extents, refuse_prefix
+from .linear_attention import extents
 from .products import Product
 from .recurrent import States, recur
 from .short_conv import ShortConv
@@ -75,14 +75,13 @@ class Mamba2Mixer(MixerModule):
 
     def forward(self, x: Tensor, step: Step, handle: Handle) -> Tensor:
         spec = self.spec
-        refuse_prefix(step, spec.kind)
         gate, given, b, c, dt = self.inp(x, step)
         mixed = self.conv(torch.cat([given, b, c], -1), step, handle)
         given, b, c = mixed.split([given.shape[-1], b.shape[-1], c.shape[-1]], -1)
         dt, log_decay = self.decay(dt)
         given = given.float().unflatten(-1, (-1, spec.head_dim))
         b, c = b.unflatten(-1, (-1, spec.states)), c.unflatten(-1, (-1, spec.states))
-        y = recur(_scan, (c, b, given * dt[..., None], log_decay), ("memory",), step, handle)
+        y = recur(_scan, (c, b, given * dt[..., None], log_decay), ("memory",), step, handle, mixer=spec.kind)
         y = (y + self.skip(given)).flatten(-2)
         return self.out(self.norm(y * F.silu(gate.float()), x.dtype), step)
 
@@ -173,11 +172,10 @@ def chunked_decay(
     between, since, until = decays(log_decay)
     inside = ((q @ k.mT) * between) @ v
     left = torch.einsum("zngtd,zngrte->zngrde", k.squeeze(3), v * until)
-    kept = since[..., -1:, :]
     state = torch.zeros_like(left[:, 0]) if memory is None else memory.float().unflatten(1, (groups, heads // groups))
     starts = []
-    for i in range(v.shape[1]):
+    for keep, add in zip(since[..., -1:, :].unbind(1), left.unbind(1), strict=True):  # a slice's gradient would be as large as all of them
         starts.append(state)
-        state = state * kept[:, i] + left[:, i]
+        state = state * keep + add
     read = torch.einsum("zngtd,zngrde->zngrte", q.squeeze(3), torch.stack(starts, 1)) * since
     return from_chunks(inside + read, length), state.flatten(1, 2)
