@@ -48,6 +48,7 @@ def made() -> dict[Path, str]:
         path = command_page(command.name)
         text = path.read_text(encoding="utf-8") if path.exists() else first(command)
         pages[path] = filled(text, "help", command.name, f"```text\n{help_of(command.name)}\n```\n")
+    pages |= importlib.import_module("docs.methods").pages()
     for path in sorted((DOCS / "rooms").glob("*.md")):
         text = path.read_text(encoding="utf-8")
         for room in re.findall(r"<!-- files: (\w+) -->", text):
@@ -61,6 +62,7 @@ def claims() -> str:
     """The page of published claims that were measured here: what was asked, and what was found."""
     from trivium.lab import concepts
     from trivium.lab.experiments import experiments
+    from trivium.lab.experiments.methods.tables import markdown
 
     names = {row.id: row.name for row in concepts.rows()}
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(concepts.CLAIMS.glob("*.json"))}
@@ -80,6 +82,7 @@ def claims() -> str:
             "",
             f"{claim['verdict']}",
             "",
+            *((markdown(claim["numbers"]["table"]), "") if "table" in claim["numbers"] else ()),
             f"{rows}. `{claim['command']}`, {claim['date']}, `{name}.json`.",
             "",
         ]

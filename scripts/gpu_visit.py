@@ -22,17 +22,22 @@ from typing import Any
 import torch
 
 from trivium.adapt.lora import LoRA, initialize_adapter
+from trivium.adapt.nf4 import Nf4
 from trivium.core.errors import ConfigError, MissingExtra
 from trivium.data.batch import Batch
 from trivium.infer.generate import generate
 from trivium.infer.sampling import Sampling
+from trivium.models.checkpointing import Recompute
 from trivium.models.presets import llama
-from trivium.models.transformer import TransformerModel, build, initialize
+from trivium.models.transformer import Transformer, TransformerModel, build, initialize
 from trivium.nn.attention import use_backend
 from trivium.nn.backends import Extras, attend, backends
 from trivium.nn.inputs import Inputs
+from trivium.nn.nf4 import Nf4Linear
 from trivium.nn.patterns import Window
 from trivium.nn.step import Step
+from trivium.optim.eight_bit import AdamW8bit
+from trivium.optim.masters import Masters
 from trivium.optim.optimizers import AdamW
 from trivium.optim.schedules import Constant
 from trivium.train.loop import TrainConfig, fit
@@ -219,6 +224,64 @@ def resumed_is_uninterrupted(device: torch.device) -> float:
     return max((p - q).abs().max().item() for p, q in zip(whole.parameters(), again.parameters(), strict=True))
 
 
+def four_bits_are_the_cpus(device: torch.device) -> float:
+    """Codes that differ, as a share, and logits, in deviations: whichever is more."""
+    ours, theirs = (Nf4().apply(model(where)) for where in (device, torch.device("cpu")))
+    pairs = [(a.codes.cpu(), b.codes) for a, b in zip(ours.modules(), theirs.modules(), strict=True) if isinstance(b, Nf4Linear)]
+    share = max((a != b).float().mean().item() for a, b in pairs)
+    return max(share, off(ours(packed(device)).logits, theirs(packed(torch.device("cpu"))).logits))
+
+
+@torch.no_grad()
+def in_four_bits(spec: Transformer, device: torch.device, *, rank: int) -> TransformerModel:
+    """A random model with LoRA, built and quantized on the meta device and drawn as codes: there never is a full weight."""
+    made = LoRA(rank=rank, alpha=16).apply(Nf4().apply(build(spec, dtype=torch.bfloat16)))
+    for module in made.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            held = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            if name == "outer":  # the scales' scales, and the scales' mean
+                held.view(torch.float32).fill_(1e-3)[-1] = 0.02
+            elif held.dtype is torch.uint8:
+                held.random_(0, 256)
+            else:
+                held.fill_(1.0) if parameter.dim() == 1 else held.normal_(std=0.02)
+            setattr(module, name, torch.nn.Parameter(held, requires_grad=parameter.requires_grad))
+    initialize_adapter(made, seed=0)
+    made.recompute = Recompute()
+    return made.train()
+
+
+def qlora_gib(device: torch.device) -> float:
+    """GiB at the worst moment of one step of LoRA (rank 64, states of 8 bits, 512 tokens) on a model of LLaMA 65B's shape; without a
+    GPU, of the weights of a small one."""
+    large = device.type == "cuda"
+    spec = llama(dim=8192, layers=80, heads=64, kv_heads=64, hidden=22016, vocab=32000) if large else SPEC
+    made = in_four_bits(spec, device, rank=64 if large else 4)
+    masters = Masters(made, AdamW8bit(lr=2e-4), dtype=torch.bfloat16)
+    x = torch.randint(0, spec.vocab, (1, 512 if large else 32), device=device)
+    targets = torch.ones_like(x, dtype=torch.bool)
+    targets[:, 0] = False
+    term = torch.stack(list(NextToken().terms(made, Batch(x, torch.zeros_like(x), targets)).values())).sum() / targets.sum()
+    term.backward()
+    masters.accumulate()
+    if not bool(masters.clip(1.0).isfinite()):
+        raise ValueError("the gradient is not finite")
+    masters.step(1.0)
+    return (torch.cuda.max_memory_allocated() if large else sum(p.nbytes for p in made.parameters())) / 2**30
+
+
+def offloaded_states_are_the_same(device: torch.device) -> float:
+    ends = []
+    for offload in (False, True):
+        made = model(device)
+        masters = Masters(made, AdamW8bit(lr=1e-2, offload=offload), dtype=torch.float32)
+        for step in range(3):
+            made(tokens(2, 20 + step).to(device)).logits.square().mean().backward()
+            masters.step(1.0)
+        ends.append(made)
+    return max((p - q).abs().max().item() for p, q in zip(ends[0].parameters(), ends[1].parameters(), strict=True))
+
+
 ITEMS = (
     Item("forward, packed, float32", "T01.01 T02.01 T16.01 T17.01", "deviations from the CPU's logits", 1e-4, forward_is_the_cpus),
     Item("attention backends", "T01.01 T19.01", "deviations from eager", 1e-4, backends_agree),
@@ -243,6 +306,9 @@ ITEMS = (
         training_is_the_cpus,
     ),
     Item("resumed run, bfloat16", "T10.03", "largest difference from the uninterrupted run", 0.0, resumed_is_uninterrupted),
+    Item("4-bit weights", "T06.04", "codes that differ from the CPU's, or deviations of logits", 1e-3, four_bits_are_the_cpus),
+    Item("65B in four bits, one LoRA step", "T06.04", "GiB at the worst moment (a small model without a GPU)", 48.0, qlora_gib),
+    Item("8-bit states in the host's memory", "T06.04", "largest difference from those on the device", 0.0, offloaded_states_are_the_same),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,10 @@ from hypothesis import settings
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# As in a terminal, also where a shell started the tests in the background: it has these ignored there, and what is ignored stays so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Properties draw the same examples each time; what HYPOTHESIS_PROFILE=explore finds is pinned with @example on the test.
 settings.register_profile("same", deadline=None, derandomize=True, database=None)

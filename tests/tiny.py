@@ -167,6 +167,13 @@ def tokens(*shape: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return torch.randint(0, vocab, shape, generator=generator(seed, "tokens"))
 
 
+def apart(actual: torch.Tensor, expected: torch.Tensor, *, unit: float | torch.Tensor = 1.0) -> float:
+    """The largest difference of tensors of one shape and dtype, in units, for a test to bound; infinite where one is NaN."""
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    found = ((actual - expected) / unit).abs().masked_fill(actual == expected, 0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return found.max().item() if found.numel() else 0.0
+
+
 def segments_of(rows: Sequence[Sequence[int]], width: int) -> torch.Tensor:
     """[B, width] segments from each row's document lengths; a negative length is a stretch of padding."""
     out = torch.full((len(rows), width), -1)

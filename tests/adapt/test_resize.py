@@ -51,5 +51,5 @@ def test_new_rows_are_trained_like_old_ones():
 
 def test_an_adapted_head_is_refused():
     it = LoRA(rank=2, targets=("head.out",)).apply(model(tied=False))
-    with pytest.raises(ValueError, match="merge the adapter before adding tokens"):
+    with pytest.raises(ValueError, match="add tokens to the plain model first"):
         resize(it, [[1]], used=61)

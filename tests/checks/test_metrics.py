@@ -103,3 +103,32 @@ def test_accuracy_counts_and_refuses_unequal_lengths():
     assert metrics.accuracy([1, 2, 3, 4], [1, 2, 0, 4]) == 0.75
     with pytest.raises(ValueError, match="argument 2"):
         metrics.accuracy([1], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        ("O O O", set()),
+        ("B-a I-a O B-b", {("a", 0, 2), ("b", 3, 4)}),
+        ("B-a B-a I-a", {("a", 0, 1), ("a", 1, 3)}),
+        ("I-a I-a O I-b", {("a", 0, 2), ("b", 3, 4)}),  # a stray I- begins a span
+        ("B-a I-b I-b", {("a", 0, 1), ("b", 1, 3)}),  # as does one of another kind
+        ("O B-a", {("a", 1, 2)}),
+        ("", set()),
+    ],
+)
+def test_spans_of_tags(tags, found):
+    assert metrics.spans(tags.split()) == found
+
+
+def test_span_f1_is_of_whole_spans():
+    """seqeval's own example: of a MISC with a wrong start and a right PER, one of two counts."""
+    expected = ["O O O B-MISC I-MISC I-MISC O", "B-PER I-PER O"]
+    answers = ["O O B-MISC I-MISC I-MISC I-MISC O", "B-PER I-PER O"]
+    terms = [metrics.span_terms(a.split(), e.split()) for a, e in zip(answers, expected, strict=True)]
+    assert [term["span_f1"] for term in terms] == [(0, 2), (2, 2)]
+    for name in ("span_precision", "span_recall", "span_f1"):
+        assert metrics.value(term[name] for term in terms) == 0.5
+    assert metrics.value([metrics.span_terms(["O"], ["O"])["span_f1"]]) == 0.0  # nothing to find
+    missed = metrics.span_terms(["B-a", "O", "B-a"], ["B-a", "O", "O"])
+    assert missed == {"span_precision": (1, 2), "span_recall": (1, 1), "span_f1": (2, 3)}

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from trivium.adapt.passes import Pass
 from trivium.core.errors import ConfigError, DataError
+from trivium.core.spec import Part
 from trivium.lab import concepts
+from trivium.train.objectives import Objective
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,6 +121,72 @@ def test_write_replaces_only_what_is_between_the_markers(tmp_path, monkeypatch):
 def test_table_is_searched_by_id_and_by_words():
     assert [row["id"] for row in concepts.table("t01.0")] == [f"T01.0{i}" for i in range(1, 10)]
     assert [row["name"] for row in concepts.table("multi-query")] == ["Multi-query attention (MQA)"]
-    assert len(concepts.table()) == 313 and list(concepts.table()[0]) == ["id", "name", "tier", "status", "part", "test"]
+    assert len(concepts.table()) == 313 and list(concepts.table()[0]) == ["id", "name", "tier", "status", "part", "test", "lines"]
     with pytest.raises(ConfigError, match="unknown concept"):
         concepts.table("perpetual motion")
+
+
+CODE = '''"""A module's docstring,
+
+of three lines."""
+
+# a comment
+import os  # code, and a comment
+
+
+class A:
+    """One line."""
+
+    text = """two lines
+    of code"""
+
+    def f(self, x):
+        \"\"\"A docstring
+        of two lines.\"\"\"
+        return (x +
+                os.sep)
+'''
+
+
+def test_lines_of_code(tmp_path, monkeypatch):
+    """Neither blank lines, nor comments, nor docstrings; every line of what goes over several."""
+    (tmp_path / "a.py").write_text(CODE.replace('\\"', '"'))
+    (tmp_path / "b.cpp").write_text("// a comment\n\nint x = 1;  // code\n")
+    monkeypatch.setattr(concepts, "PACKAGE", tmp_path)
+    assert concepts.lines("a.py") == 7 and concepts.lines("a.py", "A") == 6 and concepts.lines("b.cpp") == 1
+    monkeypatch.undo()
+    assert all(row["lines"] == concepts.lines(row["part"]) > 0 for row in concepts.table("T06") if row["part"])
+
+
+def test_a_method_stands_in_one_place():
+    """Each way to adapt a model has a file of its own, and each objective a class."""
+    files = {kind: member.__module__ for kind, member in Pass.registry.items() if member.__module__.startswith("trivium.adapt.")}
+    assert len(files) > 9 and len(set(files.values())) == len(files)
+    losses = [member for _, member in Objective.registry.items() if member.__module__.startswith("trivium.")]
+    assert len({member.__qualname__ for member in losses}) == len(losses)
+    methods = {
+        row["id"]: row["part"]
+        for row in concepts.table()
+        if row["id"] in ("T06.03", "T06.04", "T06.05", "T06.06", "T06.07", "T06.08", "X.64", "X.65")
+    }
+    assert len(set(methods.values())) == len(methods) == 8, methods
+
+
+def test_every_exemption_is_in_the_table():
+    """Whatever part says that it does not keep something shows a form of itself that does not."""
+    table = concepts.exempt()
+    listed = {(row["part"], row["kind"]) for row in table}
+    for root in (root for root in concepts.below(Part) if "registry" in vars(root)):
+        for kind, member in root.registry.items():
+            if any("exempt" in vars(base) for base in member.__mro__ if base is not Part) and member.__module__.startswith("trivium."):
+                shown = member.exempted()
+                assert (root.registry.what, kind) in listed or shown is None, kind
+                assert shown is None or shown.exempt, kind
+    assert {
+        ("ffn", "moe"),
+        ("mixer", "cross"),
+        ("rope scaling", "dynamic"),
+        ("rope scaling", "longrope"),
+        ("objective", "next_token"),
+    } <= listed
+    assert all(row["contract"] and row["reason"] for row in table)

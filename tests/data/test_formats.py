@@ -31,6 +31,7 @@ DETECTED = [
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference", "preference"),
     ({"chosen": PAIR, "rejected": PAIR}, "preference", "preference"),
     ({"prompt": "q", "answer": 42}, "prompts", "prompt"),
+    ({"text": "t", "label": 1, "id": 7}, "classes", "classified"),
     ({"instruction": "i", "input": "", "output": "o"}, "tokens", "alpaca"),
     ({"instruction": "i", "output": "o", "history": []}, "tokens", "alpaca"),
     ({"conversations": [{"from": "human", "value": "q"}], "system": "s"}, "tokens", "sharegpt"),
@@ -53,6 +54,7 @@ REFUSED = [
         "'preference' serve preference training, not next-token training .which takes: alpaca",
     ),
     ({"prompt": "q", "completion": "a", "label": False}, "tokens", "'labeled' serve training on labels, not next-token"),
+    ({"text": "t", "label": "spam"}, "tokens", "'classified' serve training of classifiers, not next-token"),
     ({"prompt": "q"}, "tokens", "'prompt' serve rollouts, not next-token"),
     ({"text": "t"}, "preference", "'text' serve next-token training, not preference training .which takes: preference"),
 ]

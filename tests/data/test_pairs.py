@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,11 @@ from trivium.core.errors import DataError
 from trivium.data.bank import Prepared
 from trivium.data.batches import Batches, ordered
 from trivium.data.formats import Misfit
-from trivium.data.pairs import prepare_judged, prepare_pairs, sides
+from trivium.data.pairs import sides
+from trivium.data.prepare import prepare
 from trivium.data.rows import read
+
+prepare_pairs, prepare_judged, prepare_answers = (partial(prepare, feeds=feeds) for feeds in ("preference", "labels", "answers"))
 
 
 def user(text: str) -> dict[str, str]:
@@ -117,6 +121,18 @@ def test_what_cannot_be_learned_from_is_counted_and_named():
     cut = prepare_pairs(given, FakePrompt(), length=20, max_same=1, max_empty=2, max_dropped=1, too_long="truncate")
     assert len(cut) == 6 and cut.facts.truncated.count == 1 and cut.facts.dropped.count == 1
     assert both(cut, 2)[1] == f"^q[{'b' * 18}]"
+
+
+def test_every_one_of_a_few_is_named():
+    given = rows(30)
+    alike = [3, 8, 9, 14, 20, 29]
+    for n in alike:
+        given[n]["rejected"] = given[n]["chosen"]
+    with pytest.raises(DataError, match=f"6 of 30 rows .*: {', '.join(f'rows:{n + 1}' for n in alike)}$"):
+        prepare_pairs(given, FakePrompt(), length=64)
+    many = [{"prompt": "q", "chosen": "a", "rejected": "a"}] * 12
+    with pytest.raises(DataError, match=r"12 of 12 rows .*: rows:1, .*, rows:10, \.\.\.$"):
+        prepare_pairs(many, FakePrompt(), length=64)
 
 
 def test_sides_that_only_the_template_makes_the_same():
@@ -236,3 +252,30 @@ def test_real_rows_with_the_same_answer_twice_are_found(tmp_path):
     with pytest.raises(DataError, match=r"1 of 2 rows have the same answer.*pairs.jsonl:2"):
         prepare_pairs(read([path]), FakePrompt(), length=32)
     assert encode("o")[0] == prepare_pairs(read([path]), FakePrompt(), length=32, max_same=1).row(0)[0][-2]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "p", "completion": "a"}, ["^p[a$]"]),
+        ({"prompt": "p", "completion": "a", "label": True}, ["^p[a$]"]),
+        ({"messages": [user("q"), says("h"), user("r"), says("a")]}, ["^u:q$a:h$u:r$a:[a$]"]),
+        ({"instruction": "i", "output": "o"}, ["^u:i$a:[o$]"]),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, ["^p[a$]", "^p[b$]"]),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, ["^p[a$]", "^p[a$]"]),
+        ({"prompt": "p", "completion": ""}, ["^p[$]"]),
+    ],
+)
+def test_answers_to_be_scored_are_all_there_in_order(row, expected):
+    prepared = prepare_answers([row, row], FakePrompt(), length=32, turns="last", packing="none")
+    assert len(prepared) == 2 * len(expected) == len(prepared.bins)
+    assert [both(prepared, n // 2)[n % 2] for n in range(len(prepared))] == 2 * expected
+
+
+def test_answers_that_cannot_be_scored():
+    with pytest.raises(DataError, match="rows:2: 43 tokens, and there is room for 32"):
+        prepare_answers([{"prompt": "p", "completion": "a"}, {"prompt": "p", "completion": "a" * 40}], FakePrompt(), length=32)
+    with pytest.raises(DataError, match="no rows"):
+        prepare_answers([], FakePrompt(), length=32)
+    with pytest.raises(DataError, match="rows:1: it has no 'rejected'"):
+        prepare_answers([{"prompt": "p", "chosen": "a"}], FakePrompt(), length=32)

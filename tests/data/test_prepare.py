@@ -118,7 +118,7 @@ def test_rows_that_are_too_long_are_dropped_or_cut_by_order_only():
 
 
 def test_many_troubles_are_counted_and_the_first_are_listed():
-    with pytest.raises(DataError, match="30 of 31 rows have no token .*: rows:2, rows:3, rows:4, rows:5, rows:6, ...$"):
+    with pytest.raises(DataError, match="30 of 31 rows have no token .*: rows:2, rows:3, .* rows:10, rows:11, ...$"):
         prepare([CHATS[0]] + [{"messages": talk("q")}] * 30, FakePrompt(), length=64)
 
 

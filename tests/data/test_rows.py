@@ -217,3 +217,27 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def test_tables(tmp_path):
+    """Cells may hold what separates them, and lines; an empty one is absent; records are numbered by their last line."""
+    (tmp_path / "a.csv").write_text('text,label\n"a, ""b""",x\n\n"two\nlines",\n', encoding="utf-8")
+    (tmp_path / "b.tsv").write_text("text\tlabel\na, b\ty\n", encoding="utf-8")
+    found = list(read(tmp_path))
+    assert [record.value for record in found] == [{"text": 'a, "b"', "label": "x"}, {"text": "two\nlines"}, {"text": "a, b", "label": "y"}]
+    assert [record.line for record in found] == [2, 5, 2]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("text,label\na\n", r"a\.csv:2: has 1 cells, and the first line names 2 columns"),
+        ("text,text\na,b\n", r"a\.csv:1: the first line names the columns, each once"),
+        ('text,label\n"a,b\n', r"a\.csv:2: not a table that can be read"),
+        ("text,label\na,\0\n", "NUL byte"),
+    ],
+)
+def test_tables_that_are_none(tmp_path, text, message):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        list(read(tmp_path / "a.csv"))

@@ -46,7 +46,7 @@ def test_scores_do_not_depend_on_the_batch(monkeypatch):
 def test_batches_keep_within_the_tokens_given():
     asked = requests()
     for tokens in (1, 30, 100):
-        batches = list(likelihood._batches(asked, tokens))
+        batches = list(likelihood.batched([len(request.ids) - 1 for request in asked], tokens))
         assert sorted(index for batch in batches for index in batch) == list(range(len(asked)))
         for batch in batches:
             assert len(batch) == 1 or len(batch) * max(len(asked[i].ids) - 1 for i in batch) <= tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -65,19 +67,19 @@ def kept(scores: Tensor) -> Tensor:
 
 
 def agree(scores: Tensor, filters: Filters) -> float:
-    """Holds the fast way to the naive one, sets and tokens. Returns the share of rows that it answered by itself."""
+    """Holds the fast way to the naive one, sets and tokens: NaN where they differ, or the share of rows that it answered by itself."""
     ids, weights, certain = narrow(scores, filters)
     fast = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, weights > 0)
     naive = filters.apply(scores)
     # a weight that fp32 rounds to 0 is dropped by both draws
-    assert torch.equal(fast[certain], ((naive - naive.amax(-1, keepdim=True)).exp() > 0)[certain])
+    same = torch.equal(fast[certain], ((naive - naive.amax(-1, keepdim=True)).exp() > 0)[certain])
     for u in (0.0, 0.3, 0.77, 0.999):
         at = torch.full((len(scores),), u, dtype=torch.float64)
-        assert torch.equal(pick_fast(scores, filters, at), pick(scores, filters, at))
+        same &= torch.equal(pick_fast(scores, filters, at), pick(scores, filters, at))
     for way in (pick, pick_fast):  # the last place: rounding may choose among the unlikely, never what is dropped
         last = way(scores, filters, torch.full((len(scores),), 1 - 2.0**-52, dtype=torch.float64))
-        assert kept(naive).gather(1, last[:, None]).all()
-    return certain.double().mean().item()
+        same &= bool(kept(naive).gather(1, last[:, None]).all())
+    return certain.double().mean().item() if same else math.nan
 
 
 # temperature
@@ -282,7 +284,7 @@ def test_the_fast_way_leaves_thresholds_within_rounding_to_the_naive() -> None:
 def test_the_fast_way_on_exact_borders(values: list[int], k: int, top: float, least: float) -> None:
     """Powers of two: cumulative sums and ratios meet their thresholds exactly, and ties abound."""
     scores = torch.tensor(values, dtype=torch.float32)[None] * torch.log(torch.tensor(2.0))
-    agree(scores, Filters.of([k], [top], [least]))
+    assert agree(scores, Filters.of([k], [top], [least])) in (0, 1)
 
 
 # the draw

@@ -150,7 +150,9 @@ def test_prefix(bases, tmp_path, name):
 
 @pytest.mark.concept("X.65", part="adapt/gated_prompt.py")
 def test_llama_adapter(bases, tmp_path):
-    both_ways(bases, tmp_path, "llama-adapter")
+    model, expected = both_ways(bases, tmp_path, "llama-adapter")
+    assert off(logits(model), expected) < 1e-5
+    assert sum(t.numel() for t in adapter_tensors(model).values()) == 2 * (4 * 24 + 1)  # in each of two layers, a prompt and a gate
 
 
 @pytest.mark.parametrize("name", ["ia3", "ia3, fused"])

@@ -26,18 +26,18 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float = 1.0) -> 
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
-def near(got: Tensor, want: Tensor, *, units: float = 1.0, terms: float = 0.0) -> None:
-    """fp32: within `units` 1e-6 of the largest value (or of `terms`, the size of what was added up to cancel); bf16: within
-    `units` of the last place of each value, or 2^-12 of the largest."""
+def apart(got: Tensor, want: Tensor, *, terms: float = 0.0) -> float:
+    """The largest difference in units. fp32: 1e-6 of the largest value (or of `terms`, the size of what was added up to cancel);
+    bf16: the last place of each value, or 2^-12 of the largest."""
     assert got.dtype is want.dtype and got.shape == want.shape
     if not got.numel():
-        return
+        return 0.0
     got, exact = got.double(), want.double()
     size = max(float(exact.abs().max()), terms)
     allowed = torch.full_like(exact, 1e-6 * size)
     if want.dtype is torch.bfloat16:
         allowed = torch.maximum(torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 8), torch.full_like(exact, size * 2**-12))
-    assert float(((got - exact).abs() / allowed.clamp(min=1e-37)).max()) <= units
+    return float(((got - exact).abs() / allowed.clamp(min=1e-37)).max())
 
 
 def gradients(function, *inputs: Tensor, seed: int = 9) -> tuple[Tensor, ...]:
@@ -73,9 +73,9 @@ def test_rms_norm_is_the_formula(dtype, shape, offset, round_first):
         naive = norm(x, weight, offset=offset, round_first=round_first)
         rounding = (weight + offset).double() - (weight.double() + offset) if round_first else 0.0
         true = exact(lambda x, w: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-4) * (w + offset + rounding), x, weight)
-    near(got[0], naive)
-    near(got[1], true[1], units=2, terms=4.0)
-    near(got[2], true[2], units=8, terms=math.sqrt(x.numel() / shape[-1]))
+    assert apart(got[0], naive) <= 1
+    assert apart(got[1], true[1], terms=4.0) <= 2
+    assert apart(got[2], true[2], terms=math.sqrt(x.numel() / shape[-1])) <= 8
 
 
 # ------------------------------------------------------------------------------------------------ silu times up
@@ -89,9 +89,9 @@ def test_silu_times_is_the_formula(dtype, shape):
     with native.switched_off():
         naive = silu_times(gate, up)
         true = exact(lambda g, u: F.silu(g) * u, gate, up)
-    near(got[0], naive)
+    assert apart(got[0], naive) <= 1
     for mine, theirs in zip(got[1:], true[1:], strict=True):
-        near(mine, theirs)
+        assert apart(mine, theirs) <= 1
 
 
 def test_silu_times_of_extremes():
@@ -123,7 +123,7 @@ def test_rotate_is_the_formula(dtype, batch, heads, time, dim, tables, layout):
         if dtype is torch.bfloat16:
             assert torch.equal(mine, theirs)
         else:
-            near(mine, theirs)
+            assert apart(mine, theirs) <= 1
 
 
 # ------------------------------------------------------------------------------------------------ causal attention
@@ -138,9 +138,12 @@ def test_causal_softmax_is_the_formula(dtype, time):
     wide = scores.double().requires_grad_()
     want = torch.softmax((wide * 0.3).masked_fill(hidden, float("-inf")), -1)
     weights = native.causal_softmax_(scores.masked_fill(hidden, float("nan")), 0.3)  # what is hidden is not even read
-    near(weights, want.detach().to(dtype))
+    assert apart(weights, want.detach().to(dtype)) <= 1
     assert bool((weights[:, hidden] == 0).all())
-    near(native.causal_softmax_backward_(weights, grad.clone(), 0.3), torch.autograd.grad(want, wide, grad.double())[0].to(dtype), units=16)
+    assert (
+        apart(native.causal_softmax_backward_(weights, grad.clone(), 0.3), torch.autograd.grad(want, wide, grad.double())[0].to(dtype))
+        <= 16
+    )
 
 
 def test_causal_softmax_of_extremes():
@@ -167,7 +170,7 @@ def test_causal_attention_is_the_formula(dtype, heads, kv_heads, layout):
 
     got = gradients(lambda q, k, v: functions.causal_attention(q, k, v, scale=0.3), q, k, v)
     for mine, theirs in zip(got, exact(naive, q, k, v), strict=True):
-        near(mine, theirs, units=16 if dtype is torch.bfloat16 else 2)
+        assert apart(mine, theirs) <= (16 if dtype is torch.bfloat16 else 2)
 
 
 # ------------------------------------------------------------------------------------------------ cross-entropy
@@ -183,8 +186,8 @@ def test_cross_entropy_is_the_formula(dtype, rows, vocab, smoothing):
     want = F.cross_entropy(wide, labels, reduction="none", label_smoothing=smoothing)
     grad = torch.empty_like(logits)
     losses = native.cross_entropy(logits, labels, label_smoothing=smoothing, grad=grad)
-    near(losses, want.detach().float(), units=2)
-    near(grad, torch.autograd.grad(want.sum(), wide)[0].to(dtype), units=2, terms=1.0 if vocab == 1 else 0.0)
+    assert apart(losses, want.detach().float()) <= 2
+    assert apart(grad, torch.autograd.grad(want.sum(), wide)[0].to(dtype), terms=1.0 if vocab == 1 else 0.0) <= 2
     over = logits.clone()
     assert torch.equal(native.cross_entropy(over, labels, label_smoothing=smoothing, grad=over), losses) and torch.equal(over, grad)
 

@@ -1,5 +1,5 @@
-"""The command line, for every test here."""
+"""The toy model and the command line, for every test here."""
 
-from tests.recipes.toys import trivium
+from tests.recipes.toys import toy, trivium
 
-__all__ = ["trivium"]
+__all__ = ["toy", "trivium"]

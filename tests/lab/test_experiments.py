@@ -45,4 +45,6 @@ def test_statistics_of_experiments():
     gap = small.paired([1.0, 2.0, 3.0], [1.5, 2.4, 3.6])
     assert gap["mean"] == pytest.approx(0.5) and gap["low"] < 0.5 < gap["high"]
     assert gap["high"] - gap["mean"] == pytest.approx(0.1 / 3**0.5 * 4.3027, rel=1e-3)  # t of 2 degrees of freedom
+    for freedom, quantile in ((1, 12.706), (9, 2.262), (10, 2.2281), (15, 2.1314), (30, 2.0423)):
+        assert small.student(freedom) == pytest.approx(quantile, abs=5e-4)
     assert small.exponent([10, 100, 1000], [5, 500, 50_000]) == pytest.approx(2)

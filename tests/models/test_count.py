@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.adapt.test_methods import METHODS
 from tests.tiny import ask, host, parts, segments_of, tiny, tokens
+from trivium.adapt.adapter import Adapter, initialize_adapter
+from trivium.adapt.dora import DoRA
+from trivium.adapt.ia3 import IA3
 from trivium.adapt.lora import LoRA
 from trivium.core.spec import Part
 from trivium.models import count
@@ -76,6 +80,27 @@ def test_frozen_weights_cost_no_gradient(targets, dropout):
     assert found.forward == pytest.approx(forward, rel=0.01)
     assert found.backward == pytest.approx(backward, rel=0.01)
     assert found.backward < 1.7 * found.forward
+
+
+ADAPTED: dict[str, Adapter] = {
+    **METHODS,
+    "dora with dropout": DoRA(rank=3, dropout=0.1),
+    "ia3 of the first map": IA3(targets=("layers.0.mixer.inp.k",), inputs=("layers.0.mixer.inp.k",)),
+    "whole": LoRA(rank=3, targets=("q",), full=("inp.up",)),
+}
+
+
+@pytest.mark.concept("X.39", part="models/count.py")
+@pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("name", ADAPTED)
+def test_flops_of_every_adapter(name, rows):
+    """To the last product, forward and backward."""
+    model = ADAPTED[name].apply(tiny(presets.get("tiny-llama")())).train()
+    initialize_adapter(model, seed=0)
+    segments = segments_of(rows, 12)
+    forward, backward = counted(model, segments)
+    found = ours(model, segments)
+    assert (found.forward, found.backward) == (forward, backward)
 
 
 @pytest.mark.parametrize("lora", [False, True])

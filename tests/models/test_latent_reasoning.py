@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from tests.tiny import redraw, segments_of, tokens
+from tests.tiny import apart, redraw, segments_of, tokens
 from trivium.adapt.adapter import initialize_adapter, merge
 from trivium.adapt.lora import LoRA
 from trivium.core.errors import ConfigError, DataError
@@ -54,10 +54,6 @@ def unrolled(model: TransformerModel) -> TransformerModel:
     return plain
 
 
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
-
-
 def words(*shape: int, seed: int = 0) -> torch.Tensor:
     return tokens(*shape, seed=seed, vocab=LATENT)
 
@@ -98,7 +94,7 @@ def test_each_latent_token_reads_the_state_before_it():
     for (row, start), (before, steps, after) in zip(places, texts, strict=True):
         stop = start + before + steps + after
         alone = thought(model, x[row, start : start + before], steps, x[row, start + before + steps : stop])
-        close(logits[row, start:stop], alone)
+        assert apart(logits[row, start:stop], alone) <= 2e-5
         (alone * weight[row, start:stop]).sum().backward()
     for name, parameter in model.named_parameters():
         assert (packed[name] - parameter.grad).abs().max() < 1e-4 * parameter.grad.std(), name
@@ -112,7 +108,7 @@ def test_thoughts_go_through_the_cache():
     full = model(x).logits
     with torch.inference_mode():
         cache = model.cache(rows=2, capacity=12)
-        close(torch.cat([model(Inputs(piece, cache=cache)).logits for piece in x.split((8, 4), 1)], 1), full)
+        assert apart(torch.cat([model(Inputs(piece, cache=cache)).logits for piece in x.split((8, 4), 1)], 1), full) <= 2e-5
         assert cache.lengths == [12, 12]
     prompts = [x[0, :9].tolist(), x[1].tolist(), x[0, :3].tolist()]
     sampling = Sampling(temperature=0, max_tokens=5, logit_bias={LATENT: -100.0})
@@ -142,7 +138,7 @@ def test_a_thinker_is_saved_and_adapted(tmp_path):
     assert loaded.spec == THINKS and torch.equal(loaded.model(x).logits, model(x).logits)
     LoRA(rank=2).apply(model)
     initialize_adapter(model, seed=0)
-    close(model(x).logits, loaded.model(x).logits, 1e-6)
+    assert apart(model(x).logits, loaded.model(x).logits) <= 1e-6
 
 
 @pytest.mark.concept("X.20", part="models/transformer.py")
@@ -152,7 +148,7 @@ def test_a_shared_block_that_is_run_again_is_the_tied_stack(times):
     spec = LOOPED.replace(layers=f"first {times}*(a r) last", shared=("a", "r") if times > 1 else ())
     model, x = looped(spec), tokens(2, 10)
     plain = unrolled(model)
-    close(model(x).logits, plain(x).logits, 0)
+    assert apart(model(x).logits, plain(x).logits) <= 0
     model(x).logits.square().sum().backward()
     plain(x).logits.square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -170,9 +166,9 @@ def test_each_time_a_shared_block_runs_has_state_of_its_own(chunks):
     model, x = looped(), tokens(2, 10)
     cache = model.cache(rows=2, capacity=10, rollback=2)
     with torch.inference_mode():
-        close(torch.cat([model(Inputs(piece, cache=cache)).logits for piece in x.split(chunks, 1)], 1), model(x).logits)
+        assert apart(torch.cat([model(Inputs(piece, cache=cache)).logits for piece in x.split(chunks, 1)], 1), model(x).logits) <= 2e-5
         cache.drop_last(2)
-        close(model(Inputs(x[:, 8:], cache=cache)).logits, model(x).logits[:, 8:])
+        assert apart(model(Inputs(x[:, 8:], cache=cache)).logits, model(x).logits[:, 8:]) <= 2e-5
     assert not torch.equal(cache.tensor(1, "k"), cache.tensor(3, "k"))
 
 
@@ -205,7 +201,7 @@ def test_more_depth_takes_no_more_weights():
     x = tokens(1, 7)
     hidden, step = None, deep.begin(Inputs(x))
     hidden = deep.run(deep.embed(x, step), step, depth=5)
-    close(deep.final_norm(hidden), model(x).hidden)
+    assert apart(deep.final_norm(hidden), model(x).hidden) <= 2e-5
     assert not torch.allclose(deep(x).logits, model(x).logits)
 
 
@@ -214,7 +210,7 @@ def test_adapters_of_shared_weights_stay_apart():
     plain = model(x).logits
     LoRA(rank=2).apply(model)
     initialize_adapter(model, seed=0)
-    close(model(x).logits, plain, 1e-6)
+    assert apart(model(x).logits, plain) <= 1e-6
     with pytest.raises(ConfigError, match="share their weights"):
         merge(model, probe=x)
 

@@ -13,7 +13,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
 
-from tests.nn.test_parts import draw, same_with_gradients
+from tests.nn.test_parts import apart_with_gradients, draw
 from tests.parity.hf import redraw as redraw_wide
 from tests.tiny import host, redraw, tiny, tokens
 from trivium.models.block import Block, Layer
@@ -79,7 +79,7 @@ def test_pre_and_post_are_torchs(norm_first, activation):
             state[f"{part}.{leaf}"] = rows
     names = {"mixer_norm": "norm1", "mixer.out": "self_attn.out_proj", "ffn_norm": "norm2", "ffn.inp.up": "linear1", "ffn.out": "linear2"}
     load(layer, state, names | {f"mixer.inp.{part}": part for part in "qkv"})
-    same_with_gradients(lambda x: run(layer, x, causal=False), theirs, draw(2, 9, 24), atol=1e-6)
+    assert apart_with_gradients(lambda x: run(layer, x, causal=False), theirs, draw(2, 9, 24)) <= 1e-6
     for name, other in names.items():
         for leaf in ("weight", "bias"):
             a, b = layer.get_parameter(f"{name}.{leaf}").grad, theirs.get_parameter(f"{other}.{leaf}").grad
@@ -120,7 +120,7 @@ def test_reordered_is_olmo2s():
     attention = Attention(heads=4, kv_heads=2, head_dim=6, position=Rope(base=100.0))
     layer = Block(mixer=attention, ffn=MLP(hidden=40), norm=RMS(eps=1e-3, round_first=False), norm_at="reordered").build(24, Place())
     load(layer, theirs.state_dict(), {**LLAMA_NAMES, "mixer_norm": "post_attention_layernorm", "ffn_norm": "post_feedforward_layernorm"})
-    same_with_gradients(lambda y: run(layer, y, causal=True), call, x, atol=1e-5)
+    assert apart_with_gradients(lambda y: run(layer, y, causal=True), call, x) <= 1e-5
 
 
 def test_sandwich_is_gemma2s():
@@ -144,7 +144,7 @@ def test_sandwich_is_gemma2s():
         "ffn_out_norm": "post_feedforward_layernorm",
     }
     load(layer, theirs.state_dict(), LLAMA_NAMES | norms)
-    same_with_gradients(lambda y: run(layer, y, causal=True), call, x, atol=1e-5)
+    assert apart_with_gradients(lambda y: run(layer, y, causal=True), call, x) <= 1e-5
 
 
 def test_deep_norm_is_post_with_a_smaller_branch():

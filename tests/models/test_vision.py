@@ -9,7 +9,7 @@ from transformers.models.idefics.modeling_idefics import IdeficsGatedCrossAttent
 from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
 
 from tests.parity import hf
-from tests.tiny import redraw, segments_of, tokens
+from tests.tiny import apart, redraw, segments_of, tokens
 from trivium.adapt.lora import LoRA
 from trivium.core.errors import ConfigError, DataError
 from trivium.core.spec import validate
@@ -85,10 +85,6 @@ def rows(spec: VisionLanguage) -> tuple[torch.Tensor, torch.Tensor]:
     return x, segments_of([[len(text)] for text in texts], longest)
 
 
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 2e-5) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
-
-
 def idefics(*, channel: bool = False) -> IdeficsConfig:
     vision = {"embed_dim": 20, "intermediate_size": 36}
     perceiver = {"use_resampler": True, "qk_layer_norms_perceiver": channel}
@@ -143,12 +139,12 @@ def test_a_gated_cross_is_that_of_idefics(channel):
     expected = theirs(x, image_hidden_states=memory, image_attention_mask=mask, cross_attention_gate=(part >= 0).float())
     actual = layer(x, Step.begin(Inputs(given, memory=memory, memory_segments=segments), causal=True))
     assert expected.std() > 0.5
-    close(actual, expected, 1e-5)
+    assert apart(actual, expected) <= 1e-5
     actual.square().sum().backward()
     expected.square().sum().backward()
     for name, parameter in pairs.items():
         size = parameter.grad.abs().max()
-        close(ours[name].grad / size, parameter.grad.view_as(ours[name]) / size, 1e-4)
+        assert apart(ours[name].grad / size, parameter.grad.view_as(ours[name]) / size) <= 1e-4
 
 
 @pytest.mark.concept("X.24", part="nn/resampler.py")
@@ -177,8 +173,8 @@ def test_the_resampler_is_that_of_idefics(normed):
     step = Step.begin(Inputs(embeds=x), causal=False)
     actual, expected = ours(x, step), theirs(other)
     assert actual.shape == (2, 5, 20) and expected.std() > 0.3
-    close(actual, expected, 1e-5)
-    close(*(torch.autograd.grad(y.square().sum(), z)[0] for y, z in ((actual, x), (expected, other))), 1e-4)
+    assert apart(actual, expected) <= 1e-5
+    assert apart(*(torch.autograd.grad(y.square().sum(), z)[0] for y, z in ((actual, x), (expected, other)))) <= 1e-4
 
 
 @pytest.mark.concept("X.24", part="models/vision_language.py")
@@ -219,8 +215,8 @@ def test_a_token_reads_the_latest_image():
     other = pictures(3)
     other[1] += 1
     there = model(Inputs(x, segments=segments, images=other)).logits
-    close(there[0, :6], full.logits[0, :6], 1e-5)
-    close(there[1:][segments[1:] >= 0], full.logits[1:][segments[1:] >= 0], 1e-5)
+    assert apart(there[0, :6], full.logits[0, :6]) <= 1e-5
+    assert apart(there[1:][segments[1:] >= 0], full.logits[1:][segments[1:] >= 0]) <= 1e-5
     assert not torch.allclose(there[0, 6:], full.logits[0, 6:])
     everything = tiny(ALL)
     both = everything(Inputs(x[:1], images=pictures(2)), weights=True).aux.cross[0]
@@ -235,7 +231,7 @@ def test_rows_and_images_go_together(spec):
     logits = model(Inputs(x, segments=segments, images=images)).logits
     for row, given in enumerate((images[:2], None, images[2:])):
         length = int((segments[row] >= 0).sum())
-        close(logits[row, :length], model(Inputs(x[row : row + 1, :length], images=given)).logits[0])
+        assert apart(logits[row, :length], model(Inputs(x[row : row + 1, :length], images=given)).logits[0]) <= 2e-5
     swapped = model(Inputs(x, segments=segments, images=images[[1, 0, 2]])).logits
     assert torch.equal(swapped[1], logits[1]) and not torch.allclose(swapped[0], logits[0])
 
@@ -251,10 +247,10 @@ def test_images_are_given_once(spec):
         model(Inputs(x, segments=segments, images=images, cache=cache))
         steps = torch.cat([model(Inputs(more[:, t : t + 1], cache=cache)).logits for t in range(4)], 1)
         cache.drop_last(3)
-        close(model(Inputs(more[:, 1:], cache=cache)).logits, steps[:, 1:])
+        assert apart(model(Inputs(more[:, 1:], cache=cache)).logits, steps[:, 1:]) <= 2e-5
         for row, given in enumerate((images[:2], None, images[2:])):
             length = int((segments[row] >= 0).sum())
-            close(steps[row], model(Inputs(torch.cat([x[row, :length], more[row]])[None], images=given)).logits[0, length:])
+            assert apart(steps[row], model(Inputs(torch.cat([x[row, :length], more[row]])[None], images=given)).logits[0, length:]) <= 2e-5
     prompts = [x[row, : int((segments[row] >= 0).sum())].tolist() for row in range(3)]
     sampling, given = Sampling(temperature=0, max_tokens=5, logit_bias={IMAGE: -1e4}), [images[:2], None, images[2:]]
     answers = [one.ids for one in generate(model, prompts, sampling, images=given)]
@@ -279,7 +275,7 @@ def test_an_image_in_a_later_step():
             for number, piece in enumerate(x.split(cuts, 1)):
                 memory = {"memory": inputs.memory, "memory_segments": inputs.memory_segments} if number == 0 else {}
                 pieces.append(model.text(Inputs(piece, cache=cache, **memory)).logits)
-            close(torch.cat(pieces, 1), full)
+            assert apart(torch.cat(pieces, 1), full) <= 2e-5
         with pytest.raises(DataError, match="in the first forward"):
             model(Inputs(x[:, 3:4], images=images[1:], cache=cache))
 
@@ -300,10 +296,10 @@ def test_a_model_is_its_json_its_files_and_its_adapters(spec, tmp_path):
             if ".lora." in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(number))
     each = model(Inputs(x, segments=segments, images=images, adapters=torch.tensor([-1, 0, 1]))).logits
-    close(each[0], plain[0])
+    assert apart(each[0], plain[0]) <= 2e-5
     alone = model(Inputs(x[2:], segments=segments[2:], images=images[2:], adapters=torch.tensor([1]))).logits
     there = segments[2] >= 0
-    close(each[2, there], alone[0, there], 1e-4)
+    assert apart(each[2, there], alone[0, there]) <= 1e-4
     assert not torch.allclose(each[2, there], plain[2, there], atol=1e-3)
 
 
@@ -346,7 +342,7 @@ def test_an_encoder_of_images_may_stand_before_a_decoder():
     model = redraw(build(EncoderDecoder(encoder=SEES, decoder=writes, shared=False), device="cpu")).eval()
     x, images = tokens(2, 4, vocab=TEXT), pictures(2)
     logits = model(Inputs(x, source=Inputs(images=images))).logits
-    close(logits[1:], model(Inputs(x[1:], source=Inputs(images=images[1:]))).logits)
+    assert apart(logits[1:], model(Inputs(x[1:], source=Inputs(images=images[1:]))).logits) <= 2e-5
     assert not torch.allclose(logits, model(Inputs(x, source=Inputs(images=images.flip(0)))).logits)
 
 
@@ -364,11 +360,11 @@ def test_a_dual_encoder_compares(tmp_path):
     out = model(Inputs(x, images=images))
     assert out.logits.shape == (4, 2) and out.hidden.shape == (2, 6, 24)
     text, image = model.encode_text(x), model.encode_images(images)
-    close(text.norm(dim=1), torch.ones(2))
-    close(out.logits, model.scale.weight.exp() * image @ text.T)
+    assert apart(text.norm(dim=1), torch.ones(2)) <= 2e-5
+    assert apart(out.logits, model.scale.weight.exp() * image @ text.T) <= 2e-5
     packed = torch.cat([x[:1, :4], x[1:]], 1)
-    close(model(Inputs(packed, segments=segments_of([[4, 6]], 10), images=images)).logits, out.logits)
-    close(model.encode_text(Inputs(x, segments=segments_of([[4], [6]], 6))), text)
+    assert apart(model(Inputs(packed, segments=segments_of([[4, 6]], 10), images=images)).logits, out.logits) <= 2e-5
+    assert apart(model.encode_text(Inputs(x, segments=segments_of([[4], [6]], 6))), text) <= 2e-5
     assert torch.equal(
         ended(torch.tensor([[3, 9, 2, 9], [1, 2, 3, 0], [9, 1, 1, 1]]), None),
         torch.tensor([[0, 0, -1, -1], [0, 0, 0, -1], [0, -1, -1, -1]]),

@@ -13,7 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
-from tests.nn.test_parts import draw, same_with_gradients, step_for
+from tests.nn.test_parts import apart_with_gradients, draw, step_for
 from tests.tiny import redraw
 from trivium.core.errors import ConfigError
 from trivium.core.spec import validate
@@ -52,7 +52,7 @@ def test_gated_forms_equal_transformers(name):
     for key, module in theirs.named_children():
         if key in NAMES:
             module.load_state_dict(ours.get_submodule(NAMES[key]).state_dict())
-    same_with_gradients(lambda x: ours(x, step_for(5, 2)), theirs, draw(2, 5, DIM), atol=1e-6)
+    assert apart_with_gradients(lambda x: ours(x, step_for(5, 2)), theirs, draw(2, 5, DIM)) <= 1e-6
     for key, module in theirs.named_children():
         if key in NAMES:
             torch.testing.assert_close(ours.get_submodule(NAMES[key]).weight.grad, module.weight.grad, rtol=0, atol=5e-6)
@@ -70,7 +70,7 @@ def test_geglu_has_half_again_as_many_parameters_and_as_many_at_two_thirds():
 def test_activations_equal_transformers_by_name():
     x = torch.linspace(-6, 6, 401)
     for name, activation in (("relu2", SquaredReLU()), ("quick_gelu", GELU(approximate="sigmoid")), ("relu", ReLU()), ("silu", SiLU())):
-        same_with_gradients(activation.build(), ACT2FN[name], x)
+        assert apart_with_gradients(activation.build(), ACT2FN[name], x) <= 1e-6
 
 
 @pytest.mark.concept("X.25", part="nn/activations.py")
@@ -86,7 +86,7 @@ def test_swish(trained):
         assert len(list(built.parameters())) == trained
         return built
 
-    same_with_gradients(swish(1.0), F.silu, x)
+    assert apart_with_gradients(swish(1.0), F.silu, x) <= 1e-6
     assert torch.equal(swish(0.0)(x), x / 2)
     torch.testing.assert_close(swish(1e4)(x), F.relu(x), rtol=0, atol=1e-6)
     if trained:
@@ -131,8 +131,8 @@ def test_rms_without_a_weight_is_the_norm_with_ones(dtype):
     norm.reset()
     x = draw(3, 5, 16).to(dtype)
     assert torch.equal(norm(x), LlamaRMSNorm(16, 1e-2).to(dtype)(x)) or dtype is torch.float32
-    same_with_gradients(norm, LlamaRMSNorm(16, 1e-2).to(dtype), x, atol=1e-6 if dtype is torch.float32 else 0.02)
-    same_with_gradients(norm.float(), nn.RMSNorm(16, eps=1e-2, elementwise_affine=False), x.float())
+    assert apart_with_gradients(norm, LlamaRMSNorm(16, 1e-2).to(dtype), x) <= (1e-6 if dtype is torch.float32 else 0.02)
+    assert apart_with_gradients(norm.float(), nn.RMSNorm(16, eps=1e-2, elementwise_affine=False), x.float()) <= 1e-6
 
 
 @pytest.mark.concept("T17.02", part="nn/norms.py")
@@ -140,7 +140,7 @@ def test_layer_norm_without_parameters():
     norm = Layer(eps=1e-2, affine=False).build(16)
     assert not list(norm.parameters())
     norm.reset()
-    same_with_gradients(norm, lambda x: F.layer_norm(x, (16,), eps=1e-2), draw(3, 5, 16))
+    assert apart_with_gradients(norm, lambda x: F.layer_norm(x, (16,), eps=1e-2), draw(3, 5, 16)) <= 1e-6
 
 
 @pytest.mark.parametrize(

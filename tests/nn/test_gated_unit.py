@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.models.test_count import counter
-from tests.nn.test_linear_attention import draw, grads, kept, same
+from tests.nn.test_linear_attention import apart, draw, grads, kept
 from tests.tiny import host, redraw, segments_of, tiny, tokens
 from trivium.core.errors import ConfigError
 from trivium.models import count
@@ -44,10 +44,10 @@ def test_chunks_equal_the_naive_pairs(length, span):
     inputs = parts(length, span=span)
     expected = naive(*inputs, span=span)
     y, _ = gated_unit._scan(tuple(inputs), None, span=span)
-    same(y, expected)
+    assert apart(y, expected) <= 1e-5
     assert 0.5 < expected.std() < 100
     for mine, theirs in zip(grads(y, inputs), grads(expected, inputs), strict=True):
-        same(mine, theirs)
+        assert apart(mine, theirs) <= 1e-5
 
 
 @pytest.mark.concept("X.07", part="nn/gated_unit.py")
@@ -55,9 +55,9 @@ def test_chunks_equal_the_naive_pairs(length, span):
 def test_any_steps_give_the_same(sizes):
     inputs = [x.detach() for x in parts(40)]
     y, states = decoded(inputs, sizes, 8)
-    same(y, naive(*inputs, span=8))
+    assert apart(y, naive(*inputs, span=8)) <= 1e-5
     for mine, whole in zip(states, decoded(inputs, [40], 8)[1], strict=True):
-        same(mine, whole)
+        assert apart(mine, whole) <= 1e-5
 
 
 def test_rows_may_stand_at_different_places_of_their_chunks():
@@ -69,7 +69,7 @@ def test_rows_may_stand_at_different_places_of_their_chunks():
         pieces = tuple(torch.stack([x[row, at[row] : at[row] + length] for row in (0, 1)]) for x in inputs)
         y, _ = gated_unit._scan(pieces, together, span=8)
         for row in (0, 1):
-            same(y[row], naive(*inputs, span=8)[row, at[row] : at[row] + length])
+            assert apart(y[row], naive(*inputs, span=8)[row, at[row] : at[row] + length]) <= 1e-5
 
 
 def formula(mixer: gated_unit.Unit, x: torch.Tensor, attend) -> torch.Tensor:
@@ -104,7 +104,7 @@ def both_ways(q, k, linear_q, linear_k, v) -> torch.Tensor:
 def test_the_unit_against_the_formula(spec, causal, attend):
     mixer, x = redraw(spec.replace(position=None).build(24), std=0.6), draw(2, 37, 24)
     y = mixer(x, Step.begin(Inputs(embeds=x), causal=causal), Handle())
-    same(y, formula(mixer, x, attend))
+    assert apart(y, formula(mixer, x, attend)) <= 1e-5
     assert y.std() > 0.05
 
 
@@ -155,6 +155,6 @@ def test_masks():
     x = tokens(2, 20)
     full, prefixed = (Inputs(x, mask=mask) for mask in ("full", Prefix(torch.tensor([20, 20]))))
     model = tiny(host(QUADRATIC))
-    same(model(prefixed).logits, model(full).logits)
+    assert apart(model(prefixed).logits, model(full).logits) <= 1e-5
     with pytest.raises(ConfigError, match="left to right"):
         tiny(host(MIXED))(prefixed)

@@ -14,7 +14,7 @@ from transformers import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
 
-from tests.nn.test_parts import draw, same_with_gradients, step_for
+from tests.nn.test_parts import apart_with_gradients, draw, step_for
 from tests.tiny import VOCAB, host, redraw, segments_of, tiny, tokens
 from trivium.core.errors import ConfigError, TriviumError
 from trivium.models.presets import presets
@@ -43,9 +43,9 @@ def test_layer_norm_is_its_definition_and_torchs(eps, bias):
     norm = redraw(Layer(eps=eps, bias=bias).build(16))
     assert sum(p.numel() for p in norm.parameters()) == (32 if bias else 16)
     shift = norm.bias if bias else torch.zeros(16)
-    same_with_gradients(norm, lambda x: by_hand(x, norm.weight, shift, eps).float(), draw(3, 5, 16), atol=2e-6)
+    assert apart_with_gradients(norm, lambda x: by_hand(x, norm.weight, shift, eps).float(), draw(3, 5, 16)) <= 2e-6
     norm.zero_grad()
-    same_with_gradients(norm, lambda x: F.layer_norm(x, (16,), norm.weight.detach(), shift.detach(), eps), draw(3, 5, 16))
+    assert apart_with_gradients(norm, lambda x: F.layer_norm(x, (16,), norm.weight.detach(), shift.detach(), eps), draw(3, 5, 16)) <= 1e-6
     theirs = nn.LayerNorm(16, eps=eps, bias=bias)
     theirs.load_state_dict(norm.state_dict())
     for module in (norm, theirs):
@@ -85,7 +85,7 @@ def test_plain_mlp_equals_torchs(bias):
     theirs = nn.Sequential(nn.Linear(12, 48, bias=bias), nn.ReLU(), nn.Linear(48, 12, bias=bias))
     theirs[0].load_state_dict(ours.inp.up.state_dict())
     theirs[2].load_state_dict(ours.out.state_dict())
-    same_with_gradients(lambda x: ours(x, step_for(5, 2)), theirs, draw(2, 5, 12), atol=2e-6)
+    assert apart_with_gradients(lambda x: ours(x, step_for(5, 2)), theirs, draw(2, 5, 12)) <= 2e-6
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-5)
     if not bias:
@@ -101,7 +101,7 @@ def test_plain_mlp_equals_gpt2s(name, approximate):
         for mine, other in ((ours.inp.up, theirs.c_fc), (ours.out, theirs.c_proj)):
             other.weight.copy_(mine.weight.T)
             other.bias.copy_(mine.bias)
-    same_with_gradients(lambda x: ours(x, step_for(5, 2)), theirs, draw(2, 5, 12), atol=2e-6)
+    assert apart_with_gradients(lambda x: ours(x, step_for(5, 2)), theirs, draw(2, 5, 12)) <= 2e-6
 
 
 @pytest.mark.concept("T01.05", part="nn/feedforward.py")
@@ -122,7 +122,7 @@ def test_mlps_are_two_thirds_of_the_parameters_of_gpt2s_layers():
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_equals_torchs(approximate):
     x = torch.linspace(-9, 9, 601)
-    same_with_gradients(GELU(approximate=approximate).build(), lambda y: F.gelu(y, approximate=approximate), x)
+    assert apart_with_gradients(GELU(approximate=approximate).build(), lambda y: F.gelu(y, approximate=approximate), x) <= 1e-6
 
 
 @pytest.mark.concept("T16.02", part="nn/activations.py")

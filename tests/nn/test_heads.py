@@ -13,7 +13,7 @@ import transformers
 from tests.assets import asset
 from tests.models.test_count import BATCHES, counted, ours
 from tests.parity import hf
-from tests.tiny import DIM, VOCAB, host, segments_of, tiny, tokens
+from tests.tiny import DIM, VOCAB, apart, host, segments_of, tiny, tokens
 from trivium.adapt.lora import LoRA, initialize_adapter
 from trivium.adapt.passes import Pass, apply_passes
 from trivium.core.errors import ConfigError
@@ -37,10 +37,6 @@ FORMS = {
 READERS = {name: member.tiny() for name, member in Head.registry.items() if member.tiny().reads == "documents"} | FORMS
 every_reader = pytest.mark.parametrize("part", READERS.values(), ids=READERS)
 LENGTHS = [[5, 3, 4], [-2, 6, 1], [11, -1], [12]]
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
 def documents(segments: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
@@ -73,11 +69,11 @@ def test_each_document_of_a_packed_row_gives_its_own_result(part, causal):
     model.zero_grad()
     for number, (row, at) in enumerate(places):
         alone = model(x[row, at][None]).logits
-        close(together[number], alone[0])
+        assert apart(together[number], alone[0]) <= 1e-5
         (alone[0] * weight[number]).sum().backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            close(packed[name], parameter.grad, 1e-4)
+            assert apart(packed[name], parameter.grad) <= 1e-4
 
 
 @every_reader
@@ -114,16 +110,16 @@ def test_pooling_is_what_it_says(how):
     out = model(Inputs(x, segments=segments))
     for pooled, (row, at) in zip(out.logits, documents(segments), strict=True):
         states = out.hidden[row, at]
-        close(pooled, {"first": states[0], "last": states[-1], "mean": states.mean(0)}[how])
+        assert apart(pooled, {"first": states[0], "last": states[-1], "mean": states.mean(0)}[how]) <= 1e-5
     whole = model(x)
-    close(whole.logits, {"first": whole.hidden[:, 0], "last": whole.hidden[:, -1], "mean": whole.hidden.mean(1)}[how])
+    assert apart(whole.logits, {"first": whole.hidden[:, 0], "last": whole.hidden[:, -1], "mean": whole.hidden.mean(1)}[how]) <= 1e-5
 
 
 def test_a_projection_has_length_one():
     model, x = tiny(host(Project(pool="mean", size=9, normalize=True))), tokens(3, 7)
     out = model(x)
     plain = out.hidden.mean(1) @ model.head.out.weight.T
-    close(out.logits, plain / plain.norm(dim=-1, keepdim=True))
+    assert apart(out.logits, plain / plain.norm(dim=-1, keepdim=True)) <= 1e-5
 
 
 def test_what_a_language_heads_settings_do():
@@ -132,7 +128,7 @@ def test_what_a_language_heads_settings_do():
         model = tiny(host(LMHead(tied=tied, bias=True, scale=0.3, softcap=2.0)))
         out = model(x)
         table, bias = (model.embed.weight, model.head.bias) if tied else (model.head.out.weight, model.head.out.bias)
-        close(out.logits, 2 * torch.tanh((0.3 * out.hidden @ table.T + bias) / 2))
+        assert apart(out.logits, 2 * torch.tanh((0.3 * out.hidden @ table.T + bias) / 2)) <= 1e-5
     assert tiny(host(LMHead())).head.table(model.embed) is not None
     for head in (
         LMHead(bias=True),
@@ -152,7 +148,7 @@ def test_a_masked_heads_formula(tied):
     inner = F.gelu(F.linear(out.hidden, head.transform.dense.weight, head.transform.dense.bias))
     inner = F.layer_norm(inner, (DIM,), head.transform.norm.weight, head.transform.norm.bias, 1e-3)
     table, bias = (model.embed.weight, head.bias) if tied else (head.out.weight, head.out.bias)
-    close(out.logits, inner @ table.T + bias)
+    assert apart(out.logits, inner @ table.T + bias) <= 1e-5
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -162,10 +158,10 @@ def test_multi_token_heads_share_the_state_and_the_table(tied):
     out = model(x)
     table = model.embed.weight if tied else model.head.out.weight
     assert out.logits.shape == (2, 5, 3, VOCAB)
-    close(out.logits[:, :, 0], out.hidden @ table.T)
+    assert apart(out.logits[:, :, 0], out.hidden @ table.T) <= 1e-5
     for k, ahead in enumerate(model.head.ahead, start=1):
-        close(out.logits[:, :, k], (out.hidden + F.silu(out.hidden @ ahead.weight.T)) @ table.T)
-    close(model(x, keep="last").logits, out.logits[:, -1])
+        assert apart(out.logits[:, :, k], (out.hidden + F.silu(out.hidden @ ahead.weight.T)) @ table.T) <= 1e-5
+    assert apart(model(x, keep="last").logits, out.logits[:, -1]) <= 1e-5
 
 
 def test_tags_spans_and_rewards_are_of_each_position():
@@ -175,10 +171,10 @@ def test_tags_spans_and_rewards_are_of_each_position():
         out = model(Inputs(x, segments=segments))
         weight, bias = model.head.out.weight, model.head.out.bias
         expected = F.linear(out.hidden, weight, bias)
-        close(out.logits, expected if shape else expected[..., 0])
+        assert apart(out.logits, expected if shape else expected[..., 0]) <= 1e-5
         last = model(Inputs(x, segments=segments), keep="last").logits
         assert last.shape == (2, *shape)
-        close(last, out.logits[[0, 1], [4, 2]])
+        assert apart(last, out.logits[[0, 1], [4, 2]]) <= 1e-5
 
 
 def test_no_head_gives_no_logits():
@@ -240,9 +236,9 @@ def test_an_embedding_with_types_is_bertss():
     ours(x)
     ours(Inputs(x[:, :5], segments=segments_of([[5], [-2, 3]], 5)))
     places = torch.arange(3, 12)[None]
-    close(seen[0], theirs(input_ids=x, token_type_ids=types, position_ids=places))
-    close(seen[1], theirs(input_ids=x, position_ids=places))
-    close(seen[2][1, 2:], theirs(input_ids=x[1:, 2:5], position_ids=places[:, :3])[0])
+    assert apart(seen[0], theirs(input_ids=x, token_type_ids=types, position_ids=places)) <= 1e-5
+    assert apart(seen[1], theirs(input_ids=x, position_ids=places)) <= 1e-5
+    assert apart(seen[2][1, 2:], theirs(input_ids=x[1:, 2:5], position_ids=places[:, :3])[0]) <= 1e-5
     with pytest.raises(ConfigError, match="does not tell types of token apart"):
         tiny(host(LMHead()))(Inputs(x, types=types))
     with pytest.raises(ValueError, match=r"types must be \[2, 9\]"):
@@ -254,7 +250,7 @@ def test_types_are_given_with_each_cached_step():
     cache = model.cache(rows=2, capacity=8)
     with torch.inference_mode():
         pieces = [model(Inputs(x[:, a:b], types=types[:, a:b], cache=cache)).logits for a, b in ((0, 5), (5, 6), (6, 8))]
-    close(torch.cat(pieces, 1), model(Inputs(x, types=types)).logits, 2e-5)
+    assert apart(torch.cat(pieces, 1), model(Inputs(x, types=types)).logits) <= 2e-5
     assert not torch.allclose(model(x).logits, model(Inputs(x, types=types)).logits)
 
 
@@ -300,7 +296,7 @@ def test_a_causal_model_with_a_classifier_is_transformers(name, tmp_path):
             expected = theirs(input_ids=given, attention_mask=there.long(), position_ids=places).logits
             found = model(Inputs(given, segments=segments)).logits
         assert expected.std() > 0.5
-        close(found, expected)
+        assert apart(found, expected) <= 1e-5
     directory.write(tmp_path / "ours", model)
     assert torch.equal(directory.read(tmp_path / "ours").model(Inputs(given, segments=segments)).logits, found)
 
@@ -333,10 +329,10 @@ def test_a_real_encoder_embeds_sentences_as_transformers_does():
     inputs = Inputs(x, segments=there.long() - 1)
     with torch.inference_mode():
         out, expected = model(inputs), theirs(input_ids=x, attention_mask=there.long())
-        close(out.logits, expected.pooler_output)
-        close(out.hidden[there], expected.last_hidden_state[there], 1e-4)
+        assert apart(out.logits, expected.pooler_output) <= 1e-5
+        assert apart(out.hidden[there], expected.last_hidden_state[there]) <= 1e-4
         found = with_head(model, Project(pool="mean", normalize=True), seed=0)(inputs).logits
     mean = (expected.last_hidden_state * there[..., None]).sum(1) / there.sum(1, keepdim=True)
-    close(found, F.normalize(mean, dim=-1))
+    assert apart(found, F.normalize(mean, dim=-1)) <= 1e-5
     likeness = found @ found.T
     assert likeness[0, 1] > 0.8 > 0.3 > likeness[0, 2]

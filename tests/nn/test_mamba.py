@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.models.test_count import counted, counter, ours
-from tests.nn.test_delta import close, same
+from tests.nn.test_delta import apart, deviations
 from tests.tiny import host, segments_of, tiny, tokens
 from trivium.adapt.lora import LoRA
 from trivium.core.errors import ConfigError
@@ -57,7 +57,7 @@ def test_the_parallel_scan_equals_the_sequential_one(length):
         expected = recurrent_scan(*inputs, start)
         for size in (mamba.SIZE, 7, 256):
             for actual, wanted in zip(chunked_scan(*inputs, start, size=size), expected, strict=True):
-                same(actual, wanted)
+                assert apart(actual, wanted) <= 1e-5
 
 
 @pytest.mark.concept("X.06", part="nn/mamba.py")
@@ -69,7 +69,7 @@ def test_gradients_of_the_parallel_scan():
         y, memory = form(*inputs)
         grads.append(torch.autograd.grad((y * weights[0]).sum() + (memory * weights[1]).sum(), inputs))
     for actual, expected in zip(*grads, strict=True):
-        same(actual, expected, 5e-5)
+        assert apart(actual, expected) <= 5e-5
 
 
 @pytest.mark.concept("X.06", part="nn/mamba.py")
@@ -81,8 +81,8 @@ def test_the_scan_against_transformers(length):
         *(t.transpose(1, 2) for t in (x, dt)), a, *(t.transpose(1, 2) for t in (b, c)), return_last_state=True
     )
     y, memory = chunked_scan(x, dt, b, c, a)
-    same(y, expected[0].transpose(1, 2))
-    same(memory, expected[1])
+    assert apart(y, expected[0].transpose(1, 2)) <= 1e-5
+    assert apart(memory, expected[1]) <= 1e-5
 
 
 def test_a_layer_against_mambapy():
@@ -99,18 +99,18 @@ def test_a_layer_against_mambapy():
     layer.load_state_dict(names)
     x = torch.randn(2, 50, 24, generator=generator(0, "x"))
     step = Step.begin(Inputs(torch.zeros(2, 50, dtype=torch.int64)), causal=True)
-    same(layer(x, step, Handle()), block(x))
+    assert apart(layer(x, step, Handle()), block(x)) <= 1e-5
 
 
 def test_scans_that_forget_at_once_stay_finite():
     x, dt, b, c, a, memory = selective(80, strength=2000.0)
     dt, decay = dt.requires_grad_(), (decaying(80)[3] - 500.0).requires_grad_()
     y, end = chunked_scan(x, dt, b, c, a, memory)
-    same(y, recurrent_scan(x, dt, b, c, a, memory)[0], 1e-4)
+    assert apart(y, recurrent_scan(x, dt, b, c, a, memory)[0]) <= 1e-4
     assert torch.autograd.grad(y.sum() + end.sum(), dt)[0].isfinite().all()
     q, k, v, _, memory = decaying(80)
     y, end = chunked_decay(q, k, v, decay, memory)
-    same(y, recurrent_decay(q, k, v, decay, memory)[0])
+    assert apart(y, recurrent_decay(q, k, v, decay, memory)[0]) <= 1e-5
     assert torch.autograd.grad(y.sum() + end.sum(), decay)[0].isfinite().all()
 
 
@@ -119,7 +119,7 @@ def test_one_token_that_forgets_all_blurs_no_other():
     q, k, v, decay, memory = decaying(50)
     decay = decay * torch.where(torch.arange(50) == 20, 1e5, 1.0)[:, None]
     for actual, expected in zip(chunked_decay(q, k, v, decay, memory), recurrent_decay(q, k, v, decay, memory), strict=True):
-        same(actual, expected)
+        assert apart(actual, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -130,7 +130,7 @@ def test_mamba_2_in_chunks_equals_single_steps(length, groups):
         expected = recurrent_decay(*inputs, start)
         for size in (None, 9):
             for actual, wanted in zip(chunked_decay(*inputs, start, size=size), expected, strict=True):
-                same(actual, wanted)
+                assert apart(actual, wanted) <= 1e-5
 
 
 def test_gradients_of_mamba_2_in_chunks():
@@ -141,7 +141,7 @@ def test_gradients_of_mamba_2_in_chunks():
         y, memory = form(*inputs)
         grads.append(torch.autograd.grad((y * weights[0]).sum() + (memory * weights[1]).sum(), inputs))
     for actual, expected in zip(*grads, strict=True):
-        same(actual, expected, 5e-5)
+        assert apart(actual, expected) <= 5e-5
 
 
 def test_mamba_2_is_masked_attention():
@@ -152,7 +152,7 @@ def test_mamba_2_is_masked_attention():
         for j in range(i + 1):
             left = decay[:, j + 1 : i + 1].sum(1).exp()
             expected[:, i] += (left * (q[:, i] * k[:, j]).sum(-1))[..., None] * v[:, j]
-    same(chunked_decay(q, k, v, decay, size=8)[0], expected)
+    assert apart(chunked_decay(q, k, v, decay, size=8)[0], expected) <= 1e-5
 
 
 @pytest.mark.parametrize("length", [1, 9, SIZE + 3])
@@ -163,8 +163,8 @@ def test_mamba_2_against_transformers(length):
     dt = decay / a
     expected = oracle.mamba2_chunk_scan(v, dt, a, k, q, 16, initial_states=memory.mT, return_final_states=True)
     y, end = chunked_decay(q, k, v * dt[..., None], decay, memory)
-    same(y, expected[0])
-    same(end.mT, expected[1])
+    assert apart(y, expected[0]) <= 1e-5
+    assert apart(end.mT, expected[1]) <= 1e-5
 
 
 @pytest.mark.concept("X.06", part="nn/mamba.py")
@@ -175,11 +175,11 @@ def test_decoding_over_chunks_equals_training(spec):
     full = model(x).logits
     for pieces in ((SIZE + 1, *(1,) * 19), (SIZE // 2, 3, SIZE // 2 - 3, 20)):
         cache = model.cache(rows=2, capacity=SIZE + 26, rollback=3)
-        close(torch.cat([model(Inputs(piece, cache=cache)).logits for piece in x.split(pieces, 1)], 1), full)
+        assert deviations(torch.cat([model(Inputs(piece, cache=cache)).logits for piece in x.split(pieces, 1)], 1), full) <= 2e-5
         cache.drop_last([3, 1])
         after = model(Inputs(y, cache=cache)).logits
         for row, end in enumerate((SIZE + 17, SIZE + 19)):
-            close(after[row], model(torch.cat([x[row, :end], y[row]])[None]).logits[0, end:])
+            assert deviations(after[row], model(torch.cat([x[row, :end], y[row]])[None]).logits[0, end:]) <= 2e-5
 
 
 @pytest.mark.concept("X.06", part="nn/mamba.py")
@@ -236,10 +236,10 @@ def test_the_convolution_is_torchs(kernel, bias):
         torch.nn.init.normal_(conv.bias)
     expected = F.silu(F.conv1d(F.pad(x.mT, (kernel - 1, 0)), conv.weight, conv.bias, groups=6).mT)
     step = Step.begin(Inputs(torch.zeros(2, 9, dtype=torch.int64)), causal=True)
-    same(conv(x, step, Handle()), expected)
+    assert apart(conv(x, step, Handle()), expected) <= 1e-5
     first, state = conv._scan((x[:, :4],), None)
     second, end = conv._scan((x[:, 4:],), state)
-    same(F.silu(torch.cat([first, second], 1)), expected)
+    assert apart(F.silu(torch.cat([first, second], 1)), expected) <= 1e-5
     assert torch.equal(end[0], x[:, 9 - (kernel - 1) :])
 
 
@@ -251,7 +251,7 @@ def test_where_they_start(spec):
     dt, a = F.softplus(own.dt_bias), own.A_log.exp()
     assert 0.00099 < dt.min() < dt.max() < 0.101 and len(dt.unique()) == len(dt)
     if spec.kind == "mamba":
-        same(a, torch.arange(1.0, 5.0).expand(30, -1))
+        assert apart(a, torch.arange(1.0, 5.0).expand(30, -1)) <= 1e-5
         assert (own.D == 1).all()
     else:
         assert a.min() >= 0.999 and a.max() <= 16.01 and (mixer.skip.D == 1).all()
@@ -262,8 +262,8 @@ def test_steps_can_be_limited():
     for decay in (free, bound):
         decay.reset()
     x = torch.linspace(-9.0, 9.0, 12)[:, None].expand(-1, 3)
-    same(bound(x)[0], free(x)[0].clamp(0.1, 0.5))
-    same(bound(x)[1], -bound.A_log.exp() * bound(x)[0])
+    assert apart(bound(x)[0], free(x)[0].clamp(0.1, 0.5)) <= 1e-5
+    assert apart(bound(x)[1], -bound.A_log.exp() * bound(x)[0]) <= 1e-5
 
 
 @every_kind

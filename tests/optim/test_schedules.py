@@ -30,17 +30,17 @@ def factors(schedule: Schedule, total: int) -> list[float]:
     return [schedule.factor(step, total) for step in range(total)]
 
 
-def close(ours: list[float], theirs: list[float]) -> None:
-    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-12
+def apart(ours: list[float], theirs: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.concept("T10.05", part="optim/schedules.py")
 @pytest.mark.parametrize("warmup", [0, 1, 7, 40])
 def test_warmup_and_linear_decay_are_transformers(warmup):
     theirs = rates(transformers.get_linear_schedule_with_warmup(optimizer(), warmup, 53), 53)
-    close(factors(Linear(warmup=warmup), 53), theirs)
+    assert apart(factors(Linear(warmup=warmup), 53), theirs) < 1e-12
     theirs = rates(transformers.get_constant_schedule_with_warmup(optimizer(), warmup), 53)
-    close(factors(Constant(warmup=warmup), 53), theirs)
+    assert apart(factors(Constant(warmup=warmup), 53), theirs) < 1e-12
 
 
 @pytest.mark.concept("T10.05", part="optim/schedules.py")
@@ -53,18 +53,22 @@ def test_warmup_is_a_count_or_a_share():
 @pytest.mark.concept("T10.06", part="optim/schedules.py")
 @pytest.mark.parametrize("warmup", [0, 6])
 def test_cosine_is_transformers(warmup):
-    close(factors(Cosine(warmup=warmup), 61), rates(transformers.get_cosine_schedule_with_warmup(optimizer(), warmup, 61), 61))
+    assert (
+        apart(factors(Cosine(warmup=warmup), 61), rates(transformers.get_cosine_schedule_with_warmup(optimizer(), warmup, 61), 61)) < 1e-12
+    )
     theirs = rates(transformers.get_cosine_with_hard_restarts_schedule_with_warmup(optimizer(), warmup, 61, num_cycles=4), 61)
-    close(factors(Cosine(warmup=warmup, cycles=4), 61), theirs)
+    assert apart(factors(Cosine(warmup=warmup, cycles=4), 61), theirs) < 1e-12
     theirs = rates(transformers.get_cosine_with_min_lr_schedule_with_warmup(optimizer(), warmup, 61, min_lr_rate=0.2), 61)
-    close(factors(Cosine(warmup=warmup, minimum=0.2), 61), theirs)
+    assert apart(factors(Cosine(warmup=warmup, minimum=0.2), 61), theirs) < 1e-12
 
 
 @pytest.mark.concept("T10.06", part="optim/schedules.py")
 def test_cosine_is_torchs():
-    close(factors(Cosine(minimum=0.1), 50), rates(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer(), 50, eta_min=0.1), 50))
+    assert (
+        apart(factors(Cosine(minimum=0.1), 50), rates(torch.optim.lr_scheduler.CosineAnnealingLR(optimizer(), 50, eta_min=0.1), 50)) < 1e-12
+    )
     theirs = rates(torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer(), 15, eta_min=0.1), 60)
-    close(factors(Cosine(minimum=0.1, cycles=4), 60), theirs)
+    assert apart(factors(Cosine(minimum=0.1, cycles=4), 60), theirs) < 1e-12
 
 
 @pytest.mark.parametrize("descent", ["linear", "cosine", "1-sqrt"])
@@ -74,7 +78,7 @@ def test_wsd_is_transformers(descent):
             optimizer(), num_warmup_steps=5, num_stable_steps=40, num_decay_steps=10, min_lr_ratio=minimum, decay_type=descent
         )
         after = slice(0 if minimum == 0 else 5, None)  # transformers starts its warmup at the minimum, ours always at 0
-        close(factors(WSD(warmup=5, decay=10, minimum=minimum, descent=descent), 55)[after], rates(theirs, 55)[after])
+        assert apart(factors(WSD(warmup=5, decay=10, minimum=minimum, descent=descent), 55)[after], rates(theirs, 55)[after]) < 1e-12
     assert factors(WSD(decay=0.25, descent=descent), 40) == factors(WSD(decay=10, descent=descent), 40)
 
 

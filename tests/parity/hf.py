@@ -33,12 +33,23 @@ MODELS = {
     "deepseek_v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
     "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
     "deepseek_v32": (transformers.DeepseekV32Config, transformers.DeepseekV32ForCausalLM),
+    "bart": (transformers.BartConfig, transformers.BartForConditionalGeneration),
+    "t5": (transformers.T5Config, transformers.T5ForConditionalGeneration),
+    "llava": (transformers.LlavaConfig, transformers.LlavaForConditionalGeneration),
 }
 
 
-def tiny(model_type: str, *, seed: int = 0, **keys: Any) -> transformers.PreTrainedModel:
-    """A model of this type in fp32 and eval mode, redrawn, with eager attention."""
-    config_class, model_class = MODELS[model_type]
+def classes(kind: str) -> tuple[Any, Any]:
+    """The classes of the config and of the model: `kind` is a model_type of `MODELS`, or the name of transformers' class."""
+    if kind in MODELS:
+        return MODELS[kind]
+    model_class = getattr(transformers, kind)
+    return model_class.config_class, model_class
+
+
+def tiny(kind: str, *, seed: int = 0, **keys: Any) -> transformers.PreTrainedModel:
+    """A model of this kind (see `classes`) in fp32 and eval mode, redrawn, with eager attention."""
+    config_class, model_class = classes(kind)
     torch.manual_seed(seed)
     model = model_class._from_config(config_class(**keys), attn_implementation="eager").eval()
     redraw(model, seed=seed)

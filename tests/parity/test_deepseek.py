@@ -1,10 +1,7 @@
-"""DeepSeek-V2, V3 and V3.2 against transformers, as Llama is in `test_llama.py`, whose tests run here too."""
+"""DeepSeek-V2, V3 and V3.2 against transformers, in fp32, on tiny models whose every parameter is redrawn (see `harness.py`)."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,23 +9,17 @@ import torch
 import transformers
 
 from tests.parity import hf
-from tests.parity.test_llama import (  # noqa: F401 - the tests among them are collected here
-    cached_greedy,
-    off,
-    test_export_is_what_transformers_writes,
-    test_round_trip_is_bit_exact,
-    tokens,
-)
-from trivium.core.errors import ConfigError, TriviumError
+from tests.parity.harness import Causal, Experts, off, tokens
+from trivium.core.errors import ConfigError
 from trivium.io import directory
 from trivium.io.hf import families
 from trivium.models import count
 
-TOLERANCE = 3e-5  # of the logits' standard deviation
 YARN = {
     "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 1.2,
     "beta_fast": 4.0, "beta_slow": 0.5,
 }  # fmt: skip
+TOLERANCE = 3e-5  # of the logits' standard deviation
 SHAPE = {
     "vocab_size": 101, "hidden_size": 48, "intermediate_size": 56, "moe_intermediate_size": 20, "num_hidden_layers": 3,
     "num_attention_heads": 6, "num_key_value_heads": 6, "kv_lora_rank": 14, "q_lora_rank": 18, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
@@ -65,36 +56,49 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=TABLE)
-def case(request, tmp_path_factory) -> tuple[transformers.PreTrainedModel, Path]:
-    """transformers' model and the directory it wrote."""
-    model_type, keys = TABLE[request.param]
-    model = hf.tiny(model_type, **keys)
-    generator = torch.Generator().manual_seed(1)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
-    return model, hf.save(model, tmp_path_factory.mktemp(request.param))
-
-
-def test_every_key_takes_two_values():
-    for name in ("deepseek_v2", "deepseek_v3", "deepseek_v32"):
-        family = families.get(name)
-        written = [hf.MODELS[kind][0](**keys).to_dict() for kind, keys in TABLE.values() if kind == name]
-        for key in {*family.keys.model_fields, *family.carried} - {"hidden_act"}:
-            assert len({json.dumps(config.get(key), sort_keys=True) for config in written}) > 1, f"{name}: {key}"
-
-
 @pytest.mark.concept("T19.02", part="nn/latent.py")
-def test_logits(case):
-    theirs, path = case
-    x = tokens(theirs.config.vocab_size)
-    expected = hf.logits(theirs, x)
-    assert 1 <= expected.std() <= 3
-    model = directory.read(path).model
-    assert off(model, expected, x) < TOLERANCE
-    for loads in model(x).aux.loads.values():
-        assert (loads > 0).all(), "an expert that none chose is not tested"
+class TestDeepSeek(Causal, Experts):
+    table = TABLE
+    alike = ("hidden_act",)
+    tolerance = TOLERANCE
+    moved = 6e-4
+    tied_repeat = True
+    others = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "hidden_act": "gelu", "index_topk": 3, "topk_group": 1, "n_group": 2,
+        "num_experts_per_tok": 1, "first_k_dense_replace": 4,
+    }  # fmt: skip
+    heeded = ("rms_norm_eps", "rope_parameters", "num_experts_per_tok", "index_topk", "routed_scaling_factor")
+
+    def tiny(self, kind: str, keys: dict[str, Any]) -> transformers.PreTrainedModel:
+        model, generator = hf.tiny(kind, **keys), torch.Generator().manual_seed(1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+        return model
+
+    def nudge(self, name: str) -> float:
+        """A correction and an indexer matter where they change a choice; the other experts are as the first."""
+        if any(f".experts.{number}." in name for number in range(1, 8)):
+            return 0
+        return 0.5 if any(part in name for part in (".indexer.", "correction", "router")) else 0.05
+
+    def other(self, key: str, value: Any, config: dict[str, Any]) -> Any:
+        if key in ("mlp_layer_types", "layer_types"):
+            return ["dense" if key == "mlp_layer_types" else "full_attention"] * config["num_hidden_layers"]
+        if key == "topk_method":
+            return "group_limited_greedy" if value == "greedy" else "greedy"
+        return super().other(key, value, config)
+
+    def idle(self, config: dict[str, Any]) -> set[str]:
+        family = families.get(config["model_type"])
+        unread = set(config) - set(family.values(family.to_spec(config)[0]))
+        every = config["first_k_dense_replace"] == config["num_hidden_layers"]
+        return unread | ({"first_k_dense_replace"} if every or "mlp_layer_types" in config else set())
+
+    def test_a_token_takes_its_latent_and_its_turned_key(self, case):
+        config = case.theirs.config
+        per_token = config.kv_lora_rank + config.qk_rope_head_dim + (config.index_head_dim if config.model_type == "deepseek_v32" else 0)
+        assert count.cache_bytes(case.read().model) == [4 * per_token] * config.num_hidden_layers
 
 
 @pytest.mark.concept("X.04", part="nn/sparse.py")
@@ -110,65 +114,6 @@ def test_sparse_attention_reads_what_transformers_reads(name, tmp_path):
     for layer in ours.layers:
         layer.mixer.indexer.spec = layer.mixer.indexer.spec.replace(top_k=keys["index_topk"] + 1)
     assert off(ours, expected, x) > 1e-2
-
-
-@pytest.mark.concept("T19.02", part="nn/latent.py")
-def test_greedy_tokens_with_a_cache(case):
-    theirs, path = case
-    prompt = tokens(theirs.config.vocab_size, seed=1)[:, :12]
-    expected = hf.greedy(theirs, prompt, 24)
-    model, config = directory.read(path).model, theirs.config
-    assert torch.equal(cached_greedy(model, prompt, 24), expected)
-    assert len(expected.unique()) > 5 or config.tie_word_embeddings
-    per_token = config.kv_lora_rank + config.qk_rope_head_dim + (config.index_head_dim if config.model_type == "deepseek_v32" else 0)
-    assert count.cache_bytes(model) == [4 * per_token] * config.num_hidden_layers
-
-
-def test_every_tensor_matters(case):
-    """Changing any one tensor on our side alone breaks parity; the correction, where it changes a choice."""
-    theirs, path = case
-    x = tokens(theirs.config.vocab_size)
-    expected = hf.logits(theirs, x)
-    model = directory.read(path).model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if any(f".experts.{number}." in name for number in range(1, 8)):
-            continue  # as the first
-        before = parameter.clone()
-        small = ".indexer." not in name and "correction" not in name and "router" not in name
-        parameter.add_((0.05 if small else 0.5) * torch.randn(before.shape, generator=generator))
-        assert off(model, expected, x) > 20 * TOLERANCE, name
-        parameter.copy_(before)
-
-
-def test_every_key_matters(case, tmp_path):
-    """Changing any one key on our side alone breaks parity or is refused."""
-    theirs, path = case
-    x = tokens(theirs.config.vocab_size)
-    expected = hf.logits(theirs, x)
-    config = json.loads((path / "config.json").read_text())
-    shutil.copy(path / "model.safetensors", tmp_path)
-    family = families.get(config["model_type"])
-    unread = {"max_position_embeddings", *(set(config) - set(family.values(directory.read(path).spec)))}
-    unread |= {"first_k_dense_replace"} if config["first_k_dense_replace"] == config["num_hidden_layers"] else set()
-    unread |= {"first_k_dense_replace"} if "mlp_layer_types" in config else set()
-    changes: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "hidden_act": "gelu", "index_topk": 3}
-    changes |= {"topk_method": "group_limited_greedy" if config.get("topk_method") == "greedy" else "greedy", "topk_group": 1, "n_group": 2}
-    changes |= {"num_experts_per_tok": 1, "first_k_dense_replace": 4, "mlp_layer_types": ["dense"] * config["num_hidden_layers"]}
-    changes |= {"layer_types": ["full_attention"] * config["num_hidden_layers"]}
-    for key in family.keys.model_fields:
-        value = changes.get(key, not config[key] if config[key] in (True, False) else 5)
-        if key not in changes and type(config[key]) in (int, float):
-            value = 2 * config[key]
-        if value == config[key] or key in unread:
-            continue
-        (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
-        try:
-            loaded = directory.read(tmp_path)
-        except TriviumError:
-            assert key not in ("rms_norm_eps", "rope_parameters", "num_experts_per_tok", "index_topk", "routed_scaling_factor"), key
-            continue
-        assert off(loaded.model, expected, x) > 20 * TOLERANCE, key
 
 
 def test_the_keys_of_published_files():

@@ -1,18 +1,16 @@
-"""Qwen 2 and 3, SmolLM 3, OLMo 2 and Phi 3 against transformers, as Llama is in `test_llama.py`, whose tests are used here."""
+"""Qwen 2 and 3, SmolLM 3, OLMo 2 and Phi 3 against transformers, in fp32, on tiny models whose every parameter is redrawn (see `harness.py`)."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import transformers
 
-from tests.parity import hf, test_llama
-from tests.parity.test_llama import OTHER, SHAPE, every_tensor_matters, off, tokens
+from tests.parity import hf
+from tests.parity.harness import OTHER, SHAPE, Causal, Loss, off, tokens
 from trivium.core.errors import ConfigError, TriviumError
 from trivium.io import directory
 from trivium.io.hf import families
@@ -58,112 +56,48 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=TABLE)
-def case(request, tmp_path_factory) -> tuple[transformers.PreTrainedModel, Path]:
-    """transformers' model and the directory it wrote."""
-    model_type, keys = TABLE[request.param]
-    model = hf.tiny(model_type, **keys)
-    return model, hf.save(model, tmp_path_factory.mktemp(request.param))
-
-
-def test_every_key_takes_two_values():
-    for name in {kind for kind, _ in TABLE.values()}:
-        family = families.get(name)
-        written = [hf.MODELS[kind][0](**keys).to_dict() for kind, keys in TABLE.values() if kind == name]
-        for key in {*family.keys.model_fields, *family.carried} - {"hidden_act"}:
-            values = {json.dumps(config.get(key), sort_keys=True) for config in written}
-            assert len(values) > 1, f"{name}: {key} is always {values}"
-
-
 @pytest.mark.concept("T03.01", part="models/transformer.py")
 @pytest.mark.concept("X.136", part="io/hf/qwen.py")
 @pytest.mark.concept("X.138", part="io/hf/smollm3.py")
 @pytest.mark.concept("X.147", part="io/hf/olmo.py")
 @pytest.mark.concept("X.149", part="io/hf/phi3.py")
-def test_logits(case):
-    theirs, path = case
-    x = tokens(theirs.config.vocab_size)
-    expected = hf.logits(theirs, x)
-    assert 1 <= expected.std() <= 3
-    assert off(directory.read(path).model, expected, x) < TOLERANCE
+class TestDense(Causal, Loss):
+    table = TABLE
+    alike = ("hidden_act",)
+    tolerance = TOLERANCE
+    swaps = (("mixer_norm", "ffn_norm"),)
+    heeded = ("rms_norm_eps", "rope_parameters", "sliding_window", "no_rope_layers")
 
+    def silent(self, name: str, spec: Any) -> bool:
+        """Without positions a bias on the keys adds the same to every score."""
+        if not name.endswith("k.bias"):
+            return False
+        return spec.blocks[spec.layers[int(name.split(".")[1])]].mixer.position is None
 
-@pytest.mark.concept("T03.01", part="models/transformer.py")
-@pytest.mark.concept("X.136", part="io/hf/qwen.py")
-@pytest.mark.concept("X.138", part="io/hf/smollm3.py")
-@pytest.mark.concept("X.147", part="io/hf/olmo.py")
-@pytest.mark.concept("X.149", part="io/hf/phi3.py")
-def test_greedy_tokens_with_a_cache(case):
-    test_llama.test_greedy_tokens_with_a_cache(case)
-
-
-@pytest.mark.concept("T03.01", part="models/transformer.py")
-def test_loss(case):
-    test_llama.test_loss(case)
-
-
-@pytest.mark.concept("X.136", part="io/hf/qwen.py")
-@pytest.mark.concept("X.138", part="io/hf/smollm3.py")
-@pytest.mark.concept("X.147", part="io/hf/olmo.py")
-@pytest.mark.concept("X.149", part="io/hf/phi3.py")
-def test_export_is_what_transformers_writes(case, tmp_path):
-    test_llama.test_export_is_what_transformers_writes(case, tmp_path)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_round_trip_is_bit_exact(case, tmp_path, dtype):
-    test_llama.test_round_trip_is_bit_exact(case, tmp_path, dtype)
-
-
-def test_every_tensor_matters(case):
-    theirs, path = case
-    silent = ()
-    if theirs.config.model_type == "smollm3" and theirs.config.attention_bias:  # without positions it adds the same to every score
-        silent = tuple(f"layers.{i}.mixer.inp.k.bias" for i, turned in enumerate(theirs.config.no_rope_layers) if not turned)
-    every_tensor_matters(theirs, path, but=silent)
-
-
-def mutations(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """One changed config for each key that the family reads and that its transformers model heeds."""
-    types = config.get("layer_types")
-    out: dict[str, Any] = {
-        "hidden_act": "gelu",
-        "num_attention_heads": 2 * config["num_attention_heads"],
-        "num_hidden_layers": config["num_hidden_layers"] + 1,
-        "rope_parameters": {**config["rope_parameters"], "rope_theta": 3 * config["rope_parameters"]["rope_theta"]},
-    }
-    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads", "rms_norm_eps"):
-        out[key] = 2 * config[key]
-    for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-        if key in config:
-            out[key] = not config[key]
-    if config.get("sliding_window"):
-        out["sliding_window"] = config["sliding_window"] - 4
-    if types is not None and SLIDING in types:
-        out["layer_types"] = [SLIDING if kind == FULL else FULL for kind in types]
-        out["use_sliding_window"] = False
-    if "no_rope_layers" in config:
-        out["no_rope_layers"] = [1 - turned for turned in config["no_rope_layers"]]
-    if "head_dim" in config:
-        out["head_dim"] = 2 * config["head_dim"]
-    return {key: {**config, key: value} for key, value in out.items()}
-
-
-def test_every_key_matters(case, tmp_path):
-    """Changing any one key on our side alone breaks parity or is refused."""
-    theirs, path = case
-    x = tokens(theirs.config.vocab_size)
-    expected = hf.logits(theirs, x)
-    config = json.loads((path / "config.json").read_text())
-    shutil.copy(path / "model.safetensors", tmp_path)
-    for key, changed in mutations(config).items():
-        (tmp_path / "config.json").write_text(json.dumps(changed))
-        try:
-            loaded = directory.read(tmp_path)
-        except TriviumError:
-            assert key not in ("rms_norm_eps", "rope_parameters", "sliding_window", "no_rope_layers")
-            continue
-        assert off(loaded.model, expected, x) > 100 * TOLERANCE, key
+    def mutations(self, config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Of the keys that the family reads, those that its transformers model heeds."""
+        types = config.get("layer_types")
+        out: dict[str, Any] = {
+            "hidden_act": "gelu",
+            "num_attention_heads": 2 * config["num_attention_heads"],
+            "num_hidden_layers": config["num_hidden_layers"] + 1,
+            "rope_parameters": {**config["rope_parameters"], "rope_theta": 3 * config["rope_parameters"]["rope_theta"]},
+        }
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads", "rms_norm_eps"):
+            out[key] = 2 * config[key]
+        for key in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            if key in config:
+                out[key] = not config[key]
+        if config.get("sliding_window"):
+            out["sliding_window"] = config["sliding_window"] - 4
+        if types is not None and SLIDING in types:
+            out["layer_types"] = [SLIDING if kind == FULL else FULL for kind in types]
+            out["use_sliding_window"] = False
+        if "no_rope_layers" in config:
+            out["no_rope_layers"] = [1 - turned for turned in config["no_rope_layers"]]
+        if "head_dim" in config:
+            out["head_dim"] = 2 * config["head_dim"]
+        yield from ((key, {**config, key: value}) for key, value in out.items())
 
 
 @pytest.mark.concept("T02.06", part="io/hf/smollm3.py")

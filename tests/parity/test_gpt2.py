@@ -1,14 +1,8 @@
-"""GPT-2 and GPT-1 against transformers, in fp32, on tiny models whose every parameter is redrawn.
-
-The table gives each key of config.json that a family reads two values (but `add_cross_attention`, which is refused), and
-heads, head size and widths that all differ. A mutation of any one tensor or key on our side alone must show.
-"""
+"""GPT-2 and GPT-1 against transformers, in fp32, on tiny models whose every parameter is redrawn (see `harness.py`); and GPT-3."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +11,10 @@ import torch
 import transformers
 
 from tests.parity import hf
-from tests.parity.test_llama import LENGTH, TOLERANCE, cached_greedy, off, tokens
+from tests.parity.harness import LENGTH, TOLERANCE, Causal, Loss, Refusals, config_of, off, tensors_of, tokens
 from trivium.core.errors import ConfigError, TriviumError
 from trivium.io import directory
 from trivium.io.hf import families
-from trivium.io.tensors import read_weights
 from trivium.models.presets import gpt3, presets
 from trivium.models.transformer import build
 
@@ -55,18 +48,10 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=TABLE)
-def case(request, tmp_path_factory) -> tuple[transformers.PreTrainedModel, Path]:
-    """transformers' model and the directory it wrote."""
-    model_type, keys = TABLE[request.param]
-    model = tiny(model_type, **keys)
-    return model, hf.save(model, tmp_path_factory.mktemp(request.param))
-
-
-def tiny(model_type: str, **keys: Any) -> transformers.PreTrainedModel:
+def tiny(kind: str, keys: dict[str, Any]) -> transformers.PreTrainedModel:
     """A redrawn model. Positions weigh more than what the layers add, and biases less: else one token is the likeliest
     everywhere, and greedy text proves nothing."""
-    model = hf.tiny(model_type, **keys)
+    model = hf.tiny(kind, **keys)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -76,185 +61,73 @@ def tiny(model_type: str, **keys: Any) -> transformers.PreTrainedModel:
     return model
 
 
-def test_every_key_takes_two_values():
-    for name in ("gpt2", "openai-gpt"):
-        family = families.get(name)
-        written = [hf.MODELS[kind][0](**keys).to_dict() for kind, keys in TABLE.values() if kind == name]
-        for key in [*family.keys.model_fields, *family.carried]:
-            values = {json.dumps(config[key], sort_keys=True) for config in written}
-            assert len(values) > 1 or key == "add_cross_attention", f"{name}: {key} is always {values}"
-
-
 @pytest.mark.concept("X.128", part="io/hf/gpt2.py")
 @pytest.mark.concept("T03.01", part="models/transformer.py")
 @pytest.mark.concept("T02.02", part="nn/positions_absolute.py")
 @pytest.mark.concept("T01.05", part="nn/feedforward.py")
-def test_logits(case):
-    theirs, path = case
-    x = tokens(theirs.config.vocab_size)
-    expected = hf.logits(theirs, x)
-    assert 1 <= expected.std() <= 3
-    assert off(directory.read(path).model, expected, x) < TOLERANCE
-
-
-@pytest.mark.concept("X.128", part="io/hf/gpt2.py")
-@pytest.mark.concept("T03.01", part="models/transformer.py")
-def test_greedy_tokens_with_a_cache(case):
-    theirs, path = case
-    prompt = tokens(theirs.config.vocab_size, seed=1)[:, :12]
-    expected = hf.greedy(theirs, prompt, 24)
-    assert torch.equal(cached_greedy(directory.read(path).model, prompt, 24), expected)
-    assert len(expected.unique()) > 5  # text, not one token over and over
-
-
-@pytest.mark.concept("T03.01", part="models/transformer.py")
-def test_loss(case):
-    theirs, path = case
-    x = tokens(theirs.config.vocab_size, seed=2)
-    with torch.no_grad():
-        expected = theirs(input_ids=x, attention_mask=torch.ones_like(x), labels=x).loss
-        logits = directory.read(path).model(x).logits
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
-    assert abs(loss - expected) < 1e-5
-
-
-def test_every_tensor_matters(case):
-    """Changing any one tensor on our side alone breaks parity; so does swapping two of one shape. A bias on the keys adds
-    the same to all of a query's scores, so it alone moves no logit in exact arithmetic: its path is held by the export."""
-    theirs, path = case
-    x = tokens(theirs.config.vocab_size)
-    expected = hf.logits(theirs, x)
-    model = directory.read(path).model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        before = parameter.clone()
-        noise = torch.randn(before.shape, generator=generator)
-        parameter.add_(0.05 * noise)
-        if name.endswith("k.bias"):
-            assert off(model, expected, x) < 10 * TOLERANCE, name
-        else:
-            assert off(model, expected, x) > 100 * TOLERANCE, name
-        parameter.copy_(before)
-    for one, other in (("mixer_norm", "ffn_norm"), ("mixer.inp.q", "mixer.inp.k")):
-        a, b = parameters[f"layers.0.{one}.weight"], parameters[f"layers.0.{other}.weight"]
-        swapped = a.clone(), b.clone()
-        a.copy_(swapped[1])
-        b.copy_(swapped[0])
-        assert off(model, expected, x) > 100 * TOLERANCE
-        a.copy_(swapped[0])
-        b.copy_(swapped[1])
-
-
-def mutations(model_type: str, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """One changed config for each key that the family reads."""
-    out = {}
-    for key in families.get(model_type).keys.model_fields:
-        value = config[key]
-        if isinstance(value, bool):
-            out[key] = not value
-        elif isinstance(value, str):
-            out[key] = "relu" if value != "relu" else "gelu"
-        elif key.endswith("pdrop"):
-            out[key] = 0.125
-        else:
-            out[key] = 8 if value is None else 2 * value
-    return {key: {**config, key: value} for key, value in out.items()}
-
-
-def test_every_key_matters(case, tmp_path):
-    """Changing any one key on our side alone breaks parity, is refused, or (dropout) shows in the spec."""
-    theirs, path = case
-    x = tokens(theirs.config.vocab_size)
-    expected = hf.logits(theirs, x)
-    config = json.loads((path / "config.json").read_text())
-    shutil.copy(path / "model.safetensors", tmp_path)
-    spec, refused = directory.read(path).spec, set()
-    for key, changed in mutations(config["model_type"], config).items():
-        (tmp_path / "config.json").write_text(json.dumps(changed))
-        try:
-            loaded = directory.read(tmp_path)
-        except TriviumError:
-            refused.add(key)
-            continue
-        if key.endswith("pdrop"):
-            assert loaded.spec != spec and off(loaded.model, expected, x) < TOLERANCE, key
-        else:
-            assert off(loaded.model, expected, x) > 100 * TOLERANCE, key
-    shown = {"layer_norm_epsilon", "n_head", *(key for key in mutations(config["model_type"], config) if "scale" in key or "pdrop" in key)}
-    assert not refused & shown and refused >= {"vocab_size", "n_positions", "n_embd", "n_layer", "tie_word_embeddings"}
-
-
-@pytest.mark.concept("X.128", part="io/hf/gpt2.py")
 @pytest.mark.concept("X.88", part="io/directory.py")
-def test_export_is_what_transformers_writes(case, tmp_path):
-    """Files equal byte for byte; transformers loads ours and writes the same again, key by key and tensor by tensor."""
-    theirs, path = case
-    loaded = directory.read(path)
-    family = theirs.config.model_type
-    directory.write(
-        tmp_path / "ours", loaded.model, family=family, rest=loaded.rest, generation_config=theirs.generation_config.to_diff_dict()
-    )
-    assert (tmp_path / "ours" / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
-    back, report = type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager", output_loading_info=True)
-    assert not any(report.values()), report
-    x = tokens(theirs.config.vocab_size)
-    assert torch.equal(hf.logits(back, x), hf.logits(theirs, x))
-    hf.save(back, tmp_path / "again")
-    ours, again = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("ours", "again"))
-    assert ours == again == json.loads((path / "config.json").read_text())
-    mine, written = read_weights(tmp_path / "ours"), read_weights(tmp_path / "again")
-    assert list(mine) == list(written)
-    for name in mine:
-        a, b = mine[name].load(), written[name].load()
-        assert a.dtype == b.dtype and torch.equal(a, b), name
+class TestGPT2(Causal, Loss, Refusals):
+    table = TABLE
+    alike = ("add_cross_attention",)
+    tiny = staticmethod(tiny)
+    swaps = (("mixer_norm", "ffn_norm"), ("mixer.inp.q", "mixer.inp.k"))
+    heeded = ("layer_norm_epsilon", "n_head", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", *DROPOUTS)
+    refused = ("vocab_size", "n_positions", "n_embd", "n_layer", "tie_word_embeddings")
+    unreadable = [
+        ("gpt2", {"activation_function": "mish"}, "activation_function 'mish'"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("gpt2", {"n_head": 5}, "n_head"),
+        ("gpt2", {"resid_pdrop": 1.5}, "resid_pdrop"),
+        ("gpt2", {"layer_norm_epsilon": 0}, "layer_norm_epsilon"),
+        ("gpt2", {"hidden_size": 48}, "hidden_size"),
+    ]
+    unsayable = [
+        ("gpt2", {"context": 32}, "context = 32"),
+        ("gpt2", {"causal": False}, "causal = False"),
+        ("gpt2", {"embed": {"kind": "tokens"}}, "positions"),
+        ("gpt2", {"embed": {"kind": "tokens", "positions": {"kind": "sinusoidal"}}}, "positions"),
+        ("gpt2", {"embed": {"kind": "tokens", "scale": 2.0, "positions": {"kind": "learned", "size": 64}}}, "scale = 2.0"),
+        ("gpt2", {"final_norm": {"kind": "rms"}}, "final_norm"),
+        ("gpt2", {"dim": 54}, "head_dim"),
+    ]
 
+    def silent(self, name: str, spec: Any) -> bool:
+        """A bias on the keys adds the same to all of a query's scores: its path is held by the export."""
+        return name.endswith("k.bias")
 
-@pytest.mark.concept("X.128", part="io/hf/gpt2.py")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_round_trip_is_bit_exact(case, tmp_path, dtype):
-    _, path = case
-    first = directory.read(path, dtype=dtype)
-    directory.write(tmp_path / "a", first.model, family=first.family, rest=first.rest)
-    second = directory.read(tmp_path / "a")
-    assert second.spec == first.spec and second.rest == {**first.rest, "dtype": str(dtype).removeprefix("torch.")}
-    directory.write(tmp_path / "b", second.model, family=second.family, rest=second.rest)
-    for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    for (name, a), b in zip(first.model.named_parameters(), second.model.parameters(), strict=True):
-        assert a.dtype == b.dtype == dtype and torch.equal(a, b), name
+    def other(self, key: str, value: Any, config: dict[str, Any]) -> Any:
+        if isinstance(value, str):
+            return "relu" if value != "relu" else "gelu"
+        return 0.125 if key.endswith("pdrop") else 8 if value is None else super().other(key, value, config)
+
+    def test_positions_beyond_the_table_are_refused(self, case):
+        model, size = case.read().model, case.theirs.config.n_positions
+        model(torch.zeros(1, size, dtype=torch.int64))
+        with pytest.raises(TriviumError, match=f"position {size} was asked for, but this model has learned {size}"):
+            model(torch.zeros(1, size + 1, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt1"])
 def test_layout_of_early_files(tmp_path, name):
     """No prefix, the causal masks among the weights, `n_ctx` and its kin in the config, keys that are defaults left out."""
     model_type, keys = TABLE[name]
-    theirs = tiny(model_type, **keys)
-    hf.save(theirs, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    theirs = tiny(model_type, keys)
+    config = config_of(hf.save(theirs, tmp_path))
     for key in ("scale_attn_weights", "reorder_and_upcast_attn", "add_cross_attention", "tie_word_embeddings", "dtype", "n_inner"):
         config.pop(key, None)
     extra = {"n_ctx": config["n_positions"], "task_specific_params": {"text-generation": {"do_sample": True}}}
     if name == "gpt1":
         extra |= {"n_special": 0, "predict_special_tokens": True}
     (tmp_path / "config.json").write_text(json.dumps(config | extra))
-    weights = {name.removeprefix("transformer."): lazy.load().clone() for name, lazy in read_weights(tmp_path).items()}
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(tmp_path).items()}
     masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(3)} | {"h.0.attn.masked_bias": torch.tensor(-1e4)}
     safetensors.torch.save_file(weights | masks, tmp_path / "model.safetensors")
     loaded = directory.read(tmp_path)
     x = tokens(keys["vocab_size"])
     assert off(loaded.model, hf.logits(theirs, x), x) < TOLERANCE
     directory.write(tmp_path / "ours", loaded.model, family=model_type, rest=loaded.rest)
-    assert extra.items() <= json.loads((tmp_path / "ours" / "config.json").read_text()).items()
+    assert extra.items() <= config_of(tmp_path / "ours").items()
     assert torch.equal(hf.logits(type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager"), x), hf.logits(theirs, x))
-
-
-def test_positions_beyond_the_table_are_refused(case):
-    theirs, path = case
-    model, size = directory.read(path).model, theirs.config.n_positions
-    model(torch.zeros(1, size, dtype=torch.int64))
-    with pytest.raises(TriviumError, match=f"position {size} was asked for, but this model has learned {size}"):
-        model(torch.zeros(1, size + 1, dtype=torch.int64))
 
 
 @pytest.mark.concept("X.128", part="io/hf/gpt2.py")
@@ -310,42 +183,6 @@ def test_gpt3s_alternating_layers_equal_gpt_neos():
     assert LENGTH > 7
     expected = hf.logits(theirs, x)
     assert 1 <= expected.std() <= 3 and off(ours, expected, x) < TOLERANCE
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"activation_function": "mish"}, "activation_function 'mish'"),
-        ({"add_cross_attention": True}, "add_cross_attention"),
-        ({"n_head": 5}, "n_head"),
-        ({"resid_pdrop": 1.5}, "resid_pdrop"),
-        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon"),
-        ({"hidden_size": 48}, "hidden_size"),
-    ],
-)
-def test_configs_that_cannot_be_read_say_why(change, message):
-    config = {**hf.MODELS["gpt2"][0](**SHAPE).to_diff_dict(), **change}
-    with pytest.raises(ConfigError, match=message):
-        families.get("gpt2").to_spec(config)
-
-
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        ({"context": 32}, "context = 32"),
-        ({"causal": False}, "causal = False"),
-        ({"embed": {"kind": "tokens"}}, "positions"),
-        ({"embed": {"kind": "tokens", "positions": {"kind": "sinusoidal"}}}, "positions"),
-        ({"embed": {"kind": "tokens", "scale": 2.0, "positions": {"kind": "learned", "size": 64}}}, "scale = 2.0"),
-        ({"final_norm": {"kind": "rms"}}, "final_norm"),
-        ({"dim": 54}, "head_dim"),
-    ],
-)
-def test_what_the_family_cannot_say_is_refused(change, reason):
-    family = families.get("gpt2")
-    spec, rest = family.to_spec(hf.MODELS["gpt2"][0](**SHAPE).to_diff_dict())
-    with pytest.raises(ConfigError, match=reason):
-        family.to_hf(spec.replace(**change), rest)
 
 
 @pytest.mark.parametrize(

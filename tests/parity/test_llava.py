@@ -1,13 +1,12 @@
-"""LLaVA against transformers, in fp32, on tiny models whose every parameter is redrawn: logits, greedy answers, the way there and back.
+"""LLaVA against transformers, in fp32, on tiny models whose every parameter is redrawn (see `harness.py`), greedy answers among them.
 
-Rows have one image, two or none, at different places. A mutation of any one tensor or key on our side alone must show.
+Rows have one image, two or none, at different places.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from pathlib import Path
+import math
 from typing import Any
 
 import pytest
@@ -16,17 +15,17 @@ import torch
 import transformers
 
 from tests.parity import hf
-from tests.parity.test_clip import changed, keys_of
+from tests.parity.harness import Family, Native, apart, config_of, tensors_of
 from trivium.core.errors import ConfigError, TriviumError
 from trivium.infer.generate import generate, generate_naive
 from trivium.infer.sampling import Sampling
 from trivium.io import directory
 from trivium.io.hf import families
-from trivium.io.tensors import read_weights
 from trivium.models.vision_language import VisionLanguageModel
 from trivium.nn.inputs import Inputs
 
 IMAGE = 95
+TOLERANCE = 3e-5  # of the logits' standard deviation
 SEES: dict[str, Any] = {
     "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 8, "patch_size": 4,
     "layer_norm_eps": 0.01, "model_type": "clip_vision_model",
@@ -45,36 +44,27 @@ WRITES_TOO: dict[str, Any] = {
     "head_dim": 8, "max_position_embeddings": 96, "rope_parameters": {"rope_type": "default", "rope_theta": 20.0}, "sliding_window": 9,
     "rms_norm_eps": 0.02, "tie_word_embeddings": True, "model_type": "mistral",
 }  # fmt: skip
-TABLE: dict[str, dict[str, Any]] = {
-    "llava": {"vision_config": SEES, "text_config": WRITES, "image_token_index": IMAGE},
-    "llava-mistral": {
+
+
+TABLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llava": ("llava", {"vision_config": SEES, "text_config": WRITES, "image_token_index": IMAGE}),
+    "llava-mistral": ("llava", {
         "vision_config": SEES_TOO, "text_config": WRITES_TOO, "image_token_index": IMAGE - 1, "image_seq_length": 10,
         "projector_hidden_act": "relu", "vision_feature_select_strategy": "full", "vision_feature_layer": -1,
         "multimodal_projector_bias": False, "tie_word_embeddings": True,
-    },
+    }),
 }  # fmt: skip
 TOLERANCE = 3e-5  # of the logits' standard deviation
 
 
-def tiny(keys: dict[str, Any]) -> transformers.LlavaForConditionalGeneration:
-    parts = {"vision_config": transformers.CLIPVisionConfig, "text_config": transformers.AutoConfig}
-    vision = transformers.CLIPVisionConfig(**keys["vision_config"])
-    text = parts["text_config"].for_model(**keys["text_config"])
-    config = transformers.LlavaConfig(**{**keys, "vision_config": vision, "text_config": text})
-    model = transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
-    hf.redraw(model, seed=0)
+def tiny(kind: str, keys: dict[str, Any]) -> transformers.LlavaForConditionalGeneration:
+    parts = {name: transformers.AutoConfig.for_model(**keys[name]) for name in ("vision_config", "text_config")}
+    model = hf.tiny(kind, **{**keys, **parts})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "patch_embedding" in name:
                 parameter.mul_(parameter.shape[1] ** 0.5 / parameter[0].numel() ** 0.5)
     return model
-
-
-@pytest.fixture(scope="module", params=TABLE)
-def case(request, tmp_path_factory) -> tuple[transformers.LlavaForConditionalGeneration, Path]:
-    """transformers' model and the directory it wrote."""
-    model = tiny(TABLE[request.param])
-    return model, hf.save(model, tmp_path_factory.mktemp(request.param))
 
 
 def vectors(config: Any) -> int:
@@ -118,147 +108,90 @@ def ours_of(model: VisionLanguageModel, config: Any) -> torch.Tensor:
     return model(Inputs(tokens, segments=there.long() - 1, images=pictures(config))).logits[there]
 
 
-def off(model: VisionLanguageModel, config: Any, expected: torch.Tensor) -> float:
-    """The largest difference, in standard deviations."""
-    return ((ours_of(model, config) - expected).abs().max() / expected.std()).item()
-
-
 @pytest.mark.concept("T03.06", part="models/vision_language.py")
-def test_logits(case):
-    theirs, path = case
-    expected = theirs_of(theirs)
-    assert expected.std() > 0.5
-    assert off(directory.read(path).model, theirs.config, expected) < TOLERANCE
-
-
-@pytest.mark.concept("T03.06", part="models/vision_language.py")
-def test_gradients(case):
-    theirs, path = case
-    ours, (tokens, there) = directory.read(path).model, batch(theirs.config)
-    mine, other = (pictures(theirs.config).requires_grad_() for _ in range(2))
-    weight = torch.randn(int(there.sum()), theirs.config.text_config.vocab_size, generator=torch.Generator().manual_seed(2))
-    (ours(Inputs(tokens, segments=there.long() - 1, images=mine)).logits[there] * weight).sum().backward()
-    (theirs(input_ids=tokens, pixel_values=other, attention_mask=there.long()).logits[there] * weight).sum().backward()
-    pairs = {
-        "pixels": (mine, other),
-        "projector": (ours.connector.up.weight, theirs.model.multi_modal_projector.linear_1.weight),
-        "table": (ours.text.embed.weight, theirs.model.language_model.embed_tokens.weight),
-        "vision": (ours.vision.layers[0].ffn.out.weight, theirs.model.vision_tower.encoder.layers[0].mlp.fc2.weight),
-    }
-    for name, (a, b) in pairs.items():
-        assert (a.grad - b.grad).abs().max() < 1e-4 * b.grad.std(), name
-
-
-@pytest.mark.concept("T03.06", part="models/vision_language.py")
-def test_greedy_answers(case):
-    """With the images given once, from the cache, in a batch of different lengths; and naively, and by transformers."""
-    theirs, path = case
-    model, texts, images = directory.read(path).model, rows(theirs.config), pictures(theirs.config)
-    given = [images[:2], None, images[2:]]
-    sampling = Sampling(temperature=0, max_tokens=6)
-    answers = [one.ids for one in generate(model, texts, sampling, images=given)]
-    assert answers == generate_naive(model, texts, sampling, images=given)
-    assert answers == [one.ids for one in generate(model, texts, sampling, images=given, batch=1, chunk=4)]
-    for text, pixels, answer in zip(texts, given, answers, strict=True):
-        prompt = torch.tensor([text])
-        out = theirs.generate(
-            input_ids=prompt,
-            **({} if pixels is None else {"pixel_values": pixels}),
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=6,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        assert out[0, len(text) :].tolist() == answer
-    swapped = [one.ids for one in generate(model, texts, sampling, images=[images[1:], None, images[:1]])]
-    assert swapped[1] == answers[1] and swapped != answers
-
-
-def test_every_tensor_matters(case):
-    """Changing any one tensor on our side alone breaks parity, but for a bias on the keys, and what comes after the features."""
-    theirs, path = case
-    expected = theirs_of(theirs)
-    loaded = directory.read(path)
-    model, idle = loaded.model.requires_grad_(False), (f"vision.layers.{loaded.spec.depth}.", "vision.final_norm.")
-    for name, parameter in model.named_parameters():
-        before = parameter.clone()
-        parameter.add_(0.1 * torch.randn(before.shape, generator=torch.Generator().manual_seed(0)))
-        there = off(model, theirs.config, expected)
-        assert there < 10 * TOLERANCE if name.endswith("k.bias") or name.startswith(idle) else there > 100 * TOLERANCE, name
-        parameter.copy_(before)
-
-
-def test_every_key_matters(case, tmp_path):
-    """Changing any one key on our side alone breaks parity, is refused, or (dropout, length) shows in the spec."""
-    theirs, path = case
-    expected = theirs_of(theirs)
-    config = json.loads((path / "config.json").read_text())
-    shutil.copy(path / "model.safetensors", tmp_path)
-    spec, refused = directory.read(path).spec, set()
-    for where, value in keys_of(config):
-        key = where[-1]
-        if isinstance(value, bool):
-            other: Any = not value
-        elif "hidden_act" in key:
-            other = "quick_gelu" if value != "quick_gelu" else "gelu"
-        elif key == "rope_parameters":
-            other = {**value, "rope_theta": 7.0}
-        elif key == "vision_feature_select_strategy":
-            other = "full" if value == "default" else "default"
-        elif key == "vision_feature_layer":
-            other = value - 1
-        elif key in ("architectures", "model_type"):
-            continue
-        else:
-            other = 0.75 if "dropout" in key else 5 if value is None else 2 * value
-        (tmp_path / "config.json").write_text(json.dumps(changed(config, where, other)))
-        try:
-            loaded = directory.read(tmp_path)
-            there = off(loaded.model, theirs.config, expected)
-        except TriviumError:
-            refused.add(key)
-            continue
-        if "dropout" in key or key == "max_position_embeddings":
-            assert loaded.spec != spec and there < TOLERANCE, where
-        else:
-            assert there > 100 * TOLERANCE or (key == "tie_word_embeddings" and loaded.spec == spec), where
-    assert not refused & {"layer_norm_eps", "rms_norm_eps", "vision_feature_layer", "rope_parameters"}
-    assert refused >= {"vision_feature_select_strategy", "image_token_index", "multimodal_projector_bias", "hidden_size"}
-
-
 @pytest.mark.concept("T03.06", part="io/hf/llava.py")
-def test_export_is_what_transformers_writes(case, tmp_path):
-    """Files equal byte for byte; transformers loads ours, gives the same and writes the same again."""
-    theirs, path = case
-    loaded = directory.read(path)
-    directory.write(tmp_path / "ours", loaded.model, family=loaded.family, rest=loaded.rest)
-    assert (tmp_path / "ours" / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
-    back, report = type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager", output_loading_info=True)
-    assert not any(report.values()), report
-    assert torch.equal(theirs_of(back), theirs_of(theirs))
-    ours, wanted = (json.loads((where / "config.json").read_text()) for where in (tmp_path / "ours", path))
-    assert ours == wanted
-    again = directory.read(tmp_path / "ours")
-    assert again.spec == loaded.spec and again.rest == loaded.rest
-    directory.write(tmp_path / "native", loaded.model)
-    native = directory.read(tmp_path / "native")
-    assert native.spec == loaded.spec and torch.equal(ours_of(native.model, theirs.config), ours_of(loaded.model, theirs.config))
+class TestLlava(Family, Native):
+    table = TABLE
+    noise = 0.1
+    tiny = staticmethod(tiny)
+    theirs = staticmethod(theirs_of)
+    ours = staticmethod(ours_of)
+    tolerance = TOLERANCE
+    moved = 3e-3
+    spread = (0.5, math.inf)
+    shown = ("max_position_embeddings",)
+    heeded = ("layer_norm_eps", "rms_norm_eps", "vision_feature_layer", "rope_parameters")
+    refused = ("vision_feature_select_strategy", "image_token_index", "multimodal_projector_bias", "hidden_size")
+
+    def silent(self, name: str, spec: Any) -> bool:
+        """A bias on the keys of what has no rotary positions, and what comes after the features."""
+        return name.endswith("k.bias") or name.startswith((f"vision.layers.{spec.depth}.", "vision.final_norm."))
+
+    def other(self, key: str, value: Any, config: dict[str, Any]) -> Any:
+        if "hidden_act" in key:
+            return "quick_gelu" if value != "quick_gelu" else "gelu"
+        if key == "vision_feature_select_strategy":
+            return "full" if value == "default" else "default"
+        if key in ("architectures", "model_type"):
+            return value
+        return value - 1 if key == "vision_feature_layer" else super().other(key, value, config)
+
+    def idle(self, config: dict[str, Any]) -> tuple[str, ...]:
+        return ("tie_word_embeddings",)
+
+    def test_gradients(self, case):
+        theirs = case.theirs
+        ours, (tokens, there) = case.read().model, batch(theirs.config)
+        mine, other = (pictures(theirs.config).requires_grad_() for _ in range(2))
+        weight = torch.randn(int(there.sum()), theirs.config.text_config.vocab_size, generator=torch.Generator().manual_seed(2))
+        (ours(Inputs(tokens, segments=there.long() - 1, images=mine)).logits[there] * weight).sum().backward()
+        (theirs(input_ids=tokens, pixel_values=other, attention_mask=there.long()).logits[there] * weight).sum().backward()
+        pairs = {
+            "pixels": (mine, other),
+            "projector": (ours.connector.up.weight, theirs.model.multi_modal_projector.linear_1.weight),
+            "table": (ours.text.embed.weight, theirs.model.language_model.embed_tokens.weight),
+            "vision": (ours.vision.layers[0].ffn.out.weight, theirs.model.vision_tower.encoder.layers[0].mlp.fc2.weight),
+        }
+        for name, (a, b) in pairs.items():
+            assert (a.grad - b.grad).abs().max() < 1e-4 * b.grad.std(), name
+        theirs.zero_grad()
+
+    def test_greedy_answers(self, case):
+        """With the images given once, from the cache, in a batch of different lengths; and naively, and by transformers."""
+        theirs, model = case.theirs, case.read().model
+        texts, images = rows(theirs.config), pictures(theirs.config)
+        given = [images[:2], None, images[2:]]
+        sampling = Sampling(temperature=0, max_tokens=6)
+        answers = [one.ids for one in generate(model, texts, sampling, images=given)]
+        assert answers == generate_naive(model, texts, sampling, images=given)
+        assert answers == [one.ids for one in generate(model, texts, sampling, images=given, batch=1, chunk=4)]
+        for text, pixels, answer in zip(texts, given, answers, strict=True):
+            prompt = torch.tensor([text])
+            out = theirs.generate(
+                input_ids=prompt,
+                **({} if pixels is None else {"pixel_values": pixels}),
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=6,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            assert out[0, len(text) :].tolist() == answer
+        swapped = [one.ids for one in generate(model, texts, sampling, images=[images[1:], None, images[:1]])]
+        assert swapped[1] == answers[1] and swapped != answers
 
 
 def test_files_of_transformers_4(tmp_path):
     """What the first files have beside, and the name of the encoder in its tensors."""
-    theirs = tiny(TABLE["llava"])
-    hf.save(theirs, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    theirs = tiny(*TABLE["llava"])
+    config = config_of(hf.save(theirs, tmp_path))
     config |= {"ignore_index": -100, "vocab_size": 101, "pad_token_id": 96, "torch_dtype": "float32"}
     config["text_config"] |= {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16", "_name_or_path": "somewhere"}
     config["vision_config"] |= {"vocab_size": 32000}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    weights = {name: lazy.load().clone() for name, lazy in read_weights(tmp_path).items()}
-    weights = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in weights.items()}
+    weights = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in tensors_of(tmp_path).items()}
     safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
-    assert off(directory.read(tmp_path).model, theirs.config, theirs_of(theirs)) < TOLERANCE
+    assert apart(ours_of(directory.read(tmp_path).model, theirs.config), theirs_of(theirs)) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -274,7 +207,7 @@ def test_files_of_transformers_4(tmp_path):
     ],
 )
 def test_configs_that_cannot_be_read_say_why(change, message, tmp_path):
-    config = json.loads((hf.save(tiny(TABLE["llava"]), tmp_path) / "config.json").read_text())
+    config = config_of(hf.save(tiny(*TABLE["llava"]), tmp_path))
     with pytest.raises(TriviumError, match=message):
         families.get("llava").to_spec({**config, **change})
 
@@ -288,6 +221,6 @@ def test_configs_that_cannot_be_read_say_why(change, message, tmp_path):
     ],
 )
 def test_what_the_family_cannot_say_is_refused(change, reason, tmp_path):
-    loaded = directory.read(hf.save(tiny(TABLE["llava"]), tmp_path))
+    loaded = directory.read(hf.save(tiny(*TABLE["llava"]), tmp_path))
     with pytest.raises(ConfigError, match=reason):
         families.get("llava").to_hf(loaded.spec.replace(**change), loaded.rest)

@@ -10,7 +10,7 @@ from transformers.models.afmoe.modeling_afmoe import AfmoeAttention, AfmoeRotary
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
 from tests.parity import hf
-from tests.parity.test_llama import cached_greedy
+from tests.parity.harness import cached_greedy
 from trivium.models.block import Block
 from trivium.models.transformer import Transformer, build
 from trivium.nn.attention import Attention

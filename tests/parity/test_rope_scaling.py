@@ -3,7 +3,6 @@ trained length, from transformers' own files and back."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tests.parity import hf, test_llama
-from tests.parity.test_llama import OTHER, SHAPE, TOLERANCE, off, tokens
+from tests.parity import hf
+from tests.parity.harness import OTHER, SHAPE, TOLERANCE, Decoded, Exported, off, tokens
 from tests.tiny import segments_of, tiny
 from trivium.core.errors import ConfigError, TriviumError
 from trivium.infer.generate import generate, generate_naive
@@ -149,33 +148,16 @@ TABLE: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=TABLE)
-def case(request, tmp_path_factory) -> tuple[transformers.PreTrainedModel, Path]:
-    """transformers' model and the directory it wrote."""
-    model_type, keys = TABLE[request.param]
-    model = hf.tiny(model_type, **keys)
-    return model, hf.save(model, tmp_path_factory.mktemp(request.param))
+class TestScaled(Exported, Decoded):
+    """Greedy text runs over the end of the trained length: keys keep the turn that they were cached with, in transformers as here."""
 
+    table = TABLE
 
-@pytest.mark.concept("T13.02", "T13.03", "T13.04", part="io/hf/rope.py")
-@pytest.mark.parametrize("length", [9, 20, 21, POSITIONS, POSITIONS + 1, 40])
-def test_logits_within_and_beyond_the_trained_length(case, length):
-    theirs, path = case
-    x = tokens(theirs.config.vocab_size)[:, :length]
-    assert off(directory.read(path).model, hf.logits(theirs, x), x) < 3 * TOLERANCE
-
-
-def test_greedy_tokens_with_a_cache(case):
-    """Over the end of the trained length: keys keep the turn that they were cached with, in transformers as here."""
-    test_llama.test_greedy_tokens_with_a_cache(case)
-
-
-def test_export_is_what_transformers_writes(case, tmp_path):
-    test_llama.test_export_is_what_transformers_writes(case, tmp_path)
-
-
-def test_round_trip_is_bit_exact(case, tmp_path):
-    test_llama.test_round_trip_is_bit_exact(case, tmp_path, torch.float32)
+    @pytest.mark.concept("T13.02", "T13.03", "T13.04", part="io/hf/rope.py")
+    @pytest.mark.parametrize("length", [9, 20, 21, POSITIONS, POSITIONS + 1, 40])
+    def test_logits_within_and_beyond_the_trained_length(self, case, length):
+        x = tokens(case.theirs.config.vocab_size)[:, :length]
+        assert off(case.read().model, hf.logits(case.theirs, x), x) < 3 * TOLERANCE
 
 
 def test_a_document_has_its_own_length():

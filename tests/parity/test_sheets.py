@@ -34,20 +34,11 @@ from trivium.nn.inputs import Inputs
 from trivium.recipes.inspect import inspect
 from trivium.recipes.sheet import sheet, unloaded
 
-SEVERAL = (
-    *(test_bert, test_causal_classifiers, test_clip, test_deepseek, test_dense, test_gemma, test_gpt2, test_llama, test_mamba),
-    test_mixtral,
+FAMILIES = (
+    *(test_bart, test_bert, test_causal_classifiers, test_clip, test_deepseek, test_dense, test_gemma, test_gpt2, test_gpt_oss, test_llama),
+    *(test_llava, test_mamba, test_mixtral, test_qwen3_next, test_t5),
 )
-ONE = {"bart": test_bart, "gpt_oss": test_gpt_oss, "llava": test_llava, "qwen3_next": test_qwen3_next, "t5": test_t5}
-TABLE: dict[str, tuple[str, dict[str, Any]]] = {f"{m.__name__[18:]}-{name}": case for m in SEVERAL for name, case in m.TABLE.items()} | {
-    f"{kind}-{name}": (kind, keys) for kind, m in ONE.items() for name, keys in m.TABLE.items()
-}
-CLASSES = {
-    **{kind: model for kind, (_, model) in hf.MODELS.items()},
-    "bart": transformers.BartForConditionalGeneration,
-    "llava": transformers.LlavaForConditionalGeneration,
-    "t5": transformers.T5ForConditionalGeneration,
-}
+TABLE: dict[str, tuple[str, dict[str, Any]]] = {f"{m.__name__[18:]}-{name}": case for m in FAMILIES for name, case in m.TABLE.items()}
 # What transformers keeps, and stores, as buffers: parameters of ours that no gradient or none of its own trains.
 BUFFERS = {"bart": "final_logits_bias", "deepseek_v3": "e_score_correction_bias", "deepseek_v32": "e_score_correction_bias"}
 # Sizes as published, which are the defaults of transformers' configs; those that take seconds to build are left out.
@@ -57,10 +48,10 @@ PUBLISHED += ("clip", "clip_text_model", "clip_vision_model", "phi3", "qwen2", "
 
 def theirs_of(kind: str, keys: dict[str, Any], *, device: str = "meta") -> transformers.PreTrainedModel:
     if kind == "llava":
-        return test_llava.tiny(keys)
-    model_class = CLASSES.get(kind) or getattr(transformers, kind)
+        return test_llava.tiny(kind, keys)
+    config_class, model_class = hf.classes(kind)
     with torch.device(device):
-        model = model_class._from_config(model_class.config_class(**keys), attn_implementation="eager").eval()
+        model = model_class._from_config(config_class(**keys), attn_implementation="eager").eval()
         if kind == "t5" and keys.get("tie_word_embeddings") is False:  # fresh ones are tied even so; files of T5 v1.1 hold two tables
             model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
     model.config.architectures = [model_class.__name__]
@@ -97,7 +88,7 @@ def test_sheet(name, tmp_path):
 
 
 def test_every_family_has_a_sheet():
-    kinds = {(CLASSES.get(kind) or getattr(transformers, kind)).config_class.model_type for kind, _ in TABLE.values()}
+    kinds = {hf.classes(kind)[0].model_type for kind, _ in TABLE.values()}
     assert kinds == set(families.names())
 
 
@@ -145,7 +136,7 @@ def test_what_a_memory_takes(name, tmp_path):
 
 
 def test_a_directory_with_weights_of_two_stacks_has_a_sheet(tmp_path: Path):
-    hf.save(theirs_of("t5", test_t5.TABLE["t5"], device="cpu"), tmp_path)
+    hf.save(theirs_of(*test_t5.TABLE["t5"], device="cpu"), tmp_path)
     found = inspect(tmp_path)
     assert set(found["sheet"]["stacks"]) == {"encoder", "decoder"} and found["spec"]["kind"] == "encoder_decoder"
     assert any(row["what"] == "mixer attention, cross cross, ffn mlp" for row in found["layers"])

@@ -1,4 +1,4 @@
-"""Preference learning from rows to a saved adapter or model, resumed bit for bit; reward models; what is refused before the first step."""
+"""Preference learning from rows to a saved adapter or model, resumed bit for bit; what is refused before the first step."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ from trivium.core.errors import ConfigError, DataError, FileError, TriviumError
 from trivium.data.batches import Batches
 from trivium.recipes import needs
 from trivium.recipes import prefer as recipe
-from trivium.recipes import reward as rewards
 from trivium.recipes.load import Bundle, load
 from trivium.recipes.prefer import Prefer, doubts, prefer
-from trivium.recipes.reward import RewardModel, judged, reward, with_reward_head
 from trivium.train import history
 from trivium.train.loop import Interrupted, TrainConfig
 from trivium.train.objectives import NextToken
@@ -70,9 +68,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Prefer:
     """Without the forecast, which costs more than the run; `test_what_is_planned` has it."""
     monkeypatch.setenv("TRIVIUM_HOME", str(home))
-    for module in (recipe, rewards):
-        monkeypatch.setattr(module, "foresee", lambda *_, **__: None)
-        monkeypatch.setattr(module, "announce", lambda _: None)
+    monkeypatch.setattr(recipe, "foresee", lambda *_, **__: None)
+    monkeypatch.setattr(recipe, "announce", lambda _: None)
     return Prefer(
         model="toy",
         data=(str(write(tmp_path / "pairs.jsonl")),),
@@ -169,7 +166,7 @@ def test_a_cached_reference_is_used_again_and_only_where_it_belongs(config, tmp_
     found = safetensors.numpy.load_file(kept)["reference"]
     assert found.shape == (20,) and (found < -1).all()
     with monkeypatch.context() as patch:
-        patch.setattr("trivium.train.reference._computed", lambda *_, **__: pytest.fail("it was there already"))
+        patch.setattr("trivium.train.reference.logprobs_of", lambda *_, **__: pytest.fail("it was there already"))
         prefer(config.replace(out=f"{config.out}-2", objective=IPO()), bundle=bundle())
     other = config.replace(out=str(tmp_path / "other"))
     with pytest.raises(FileError, match="of other weights .*remove it, or name another with --reference_file"):
@@ -259,10 +256,59 @@ def test_doubts_about_a_run():
     assert doubts([good, {name: value for name, value in good.items() if name != "accuracy_shorter"}]) == []
 
 
-def test_a_run_that_makes_the_chosen_less_likely_says_so(config, capsys, monkeypatch):
-    monkeypatch.setattr(recipe, "FALLEN", -100.0)  # whatever it does is a fall
+def test_other_rows_at_the_end_are_no_fall():
+    """Where the reference's numbers of the same rows are known, they are what is compared with."""
+    first = {"chosen_logprob": -20.0, "chosen_length": 10.0, "chosen_gain": 0.0}
+    assert doubts([first] * 20 + [{**first, "chosen_logprob": -25.0}] * 3) == []
+    (fell,) = doubts([first] * 20 + [{**first, "chosen_logprob": -20.0, "chosen_gain": -5.0}] * 3)
+    assert "-1.500 nats per token at first, -2.000 at the end" in fell
+    assert doubts([{"chosen_gain": 0.0}, first]) == []  # no answer that was liked in the first update
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_run_that_makes_the_chosen_less_likely_says_so(config, capsys):
+    """Rejected answers that say the chosen one over and over: pushing them down pulls the chosen one along."""
+    rows = [{"prompt": f"Where is parcel {n}?", "chosen": f" day {n}", "rejected": 4 * f" day {n}"} for n in range(12)]
+    config = config.replace(
+        data=(str(written(Path(config.data[0]), rows)),), validation=(), adapter=None, objective=DPO(beta=0.05),
+        optim={"kind": "adamw", "lr": 3e-3}, train=TRAIN.replace(steps=12, rows=6),
+    )  # fmt: skip
     prefer(config, bundle=bundle())
     assert "the chosen answers became less likely" in capsys.readouterr().err
+    assert rows_of(config)[-1]["chosen_gain"] < 0 < rows_of(config)[-1]["margin"]
+    calm = config.replace(out=f"{config.out}-calm", objective=ORPO(weight=0.01))
+    prefer(calm, bundle=bundle())
+    assert "became less likely" not in capsys.readouterr().err
+
+
+def test_a_run_that_learns_length_says_so(config, capsys):
+    """Sides of the same words, four of five chosen because they are longer: the fifth is told wrong."""
+    words = ["It", "comes", "on", "day", "one", "or", "two", "or", "three", "thank", "you"]
+    rows = []
+    for n in range(20):
+        long, short = (" ".join(words[(n + at) % len(words)] for at in range(size)) for size in (9, 3))
+        sides = (long, short) if n % 5 else (short, long)
+        rows.append({"prompt": f"Where is parcel {n}?", "chosen": f" {sides[0]}", "rejected": f" {sides[1]}"})
+    config = config.replace(
+        data=(str(written(Path(config.data[0]), rows)),), validation=(), adapter=None, objective=DPO(beta=0.1),
+        optim={"kind": "adamw", "lr": 1e-3}, train=TRAIN.replace(steps=10, rows=10),
+    )  # fmt: skip
+    prefer(config, bundle=bundle())
+    said = capsys.readouterr().err
+    assert "length may be what is learned" in said and "take simpo or dpo with objective.per_token" in said
+    assert "so length alone tells them apart" not in said  # of the rows, four in five are no law
+    prefer(
+        config.replace(data=(str(written(Path(config.data[0]), rows[1:5])),), train=TRAIN.replace(steps=1), out=f"{config.out}-all"),
+        bundle=bundle(),
+    )
+    assert (
+        "training data: the chosen answer is the longer one in 100% of the pairs, so length alone tells them apart"
+        in capsys.readouterr().err
+    )
 
 
 # The command
@@ -283,56 +329,3 @@ def test_the_command(trivium, toy, tmp_path):
     Path("bad.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": "a"}\n')
     refused = trivium.refused("prefer", *flags, "--data", "bad.jsonl")
     assert "1 of 1 rows have the same answer as chosen and as rejected" in refused and "--max-same 1" in refused
-
-
-# Reward models
-
-
-@pytest.fixture
-def rewarding(config: Prefer) -> RewardModel:
-    kept = {name: getattr(config, name) for name in ("model", "data", "validation", "out", "adapter", "length", "optim", "train")}
-    return RewardModel(**kept)
-
-
-@pytest.mark.concept("T07.11", part="recipes/reward.py")
-@pytest.mark.parametrize("adapter", [LoRA(rank=4), None], ids=["lora", "full"])
-def test_a_reward_model_tells_held_out_pairs_apart(adapter, rewarding, capsys):
-    config = rewarding.replace(adapter=adapter, train=TRAIN.replace(steps=12, rows=4), optim={"kind": "adamw", "lr": 5e-3})
-    run = reward(config, bundle=bundle())
-    first = history.read(Path(config.out))[0]
-    assert run.metrics["validation.accuracy"] == 1 and run.metrics["validation.loss"] < first["loss"] < 5
-    assert 0 <= run.metrics["validation.calibration_error"] < 0.5
-    assert "on held-out pairs: accuracy 1.000" in capsys.readouterr().err
-    again, tokens = load(run.path), torch.arange(3, 30)[None]
-    assert again.model(tokens).logits.shape == (1, 27) and again.lineage[-1]["step"] == "reward"
-    ours, theirs = (dict(model.named_parameters()) for model in (again.model, run.model))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    torch.testing.assert_close(again.model(tokens).logits, run.model(tokens).logits, rtol=1e-5, atol=1e-5)
-    more = reward(config.replace(out=f"{config.out}-more", adapter=None), bundle=again) if adapter is None else None
-    assert more is None or more.metrics["validation.accuracy"] == 1  # one that has such a head goes on from it
-
-
-def test_members_of_an_ensemble_differ_by_their_seeds(rewarding):
-    """In their heads at first; all else is shared."""
-    heads = [with_reward_head(bundle(), seed=seed).model.head.out.weight for seed in (0, 0, 1)]
-    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
-    given = bundle()
-    assert with_reward_head(given, seed=0).model.embed.weight.data_ptr() == given.model.embed.weight.data_ptr()
-
-
-def test_reward_models_learn_margins_and_refuse_other_objectives(rewarding):
-    rows = [json.loads(line) | {"margin": 2.0} for line in Path(rewarding.data[0]).read_text().splitlines()]
-    Path(rewarding.data[0]).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    reward(rewarding.replace(validation=(), train=TRAIN.replace(steps=1)), bundle=bundle())
-    (first,) = history.read(Path(rewarding.out))
-    assert first["loss"] > math.log(2) + 0.5  # a margin of 2 is asked for from the start
-    with pytest.raises(ConfigError, match="'dpo' trains no reward model"):
-        reward(rewarding.replace(objective=DPO()), bundle=bundle())
-
-
-def test_what_is_judged(config):
-    model = with_reward_head(bundle(), seed=0)
-    pairs, _ = recipe.prepared(config, model)
-    found = judged(model.model, pairs, rows=3)
-    assert found.keys() == {"accuracy", "calibration_error", "loss", "margin"} and 0 <= found["accuracy"] <= 1
-    assert found == pytest.approx(judged(model.model, pairs, rows=4), abs=1e-5)

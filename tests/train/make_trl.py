@@ -45,8 +45,15 @@ def numbers() -> dict[str, Tensor]:
     return {"mask": mask, "logps": logps, "reference": reference, "rewards": rewards, "margin": margin}
 
 
-def graded(loss: Tensor, leaf: Tensor) -> dict[str, object]:
-    return {"loss": loss.item(), "grad": torch.autograd.grad(loss, leaf)[0].tolist()}
+def graded(loss: Tensor, leaf: Tensor, rewards: tuple[float, float] | None = None) -> dict[str, object]:
+    """The loss, its gradients and, where the trainer shows them, the mean rewards of chosen and rejected."""
+    return {"loss": loss.item(), "grad": torch.autograd.grad(loss, leaf)[0].tolist(), **({"rewards": rewards} if rewards else {})}
+
+
+def shown(trainer: SimpleNamespace) -> tuple[float, float]:
+    """The mean rewards that a trainer noted."""
+    chosen, rejected = (trainer._metrics["train"][f"rewards/{side}"][-1] for side in ("chosen", "rejected"))
+    return chosen, rejected
 
 
 def answering(logps: Tensor):
@@ -86,7 +93,8 @@ def dpo(drawn: dict[str, Tensor], **settings: object) -> dict[str, object]:
         "ref_chosen_logps": chosen,
         "ref_rejected_logps": rejected,
     }
-    return graded(DPOTrainer._compute_loss(shared(**settings), answering(logps), inputs, return_outputs=False), logps)
+    trainer = shared(**settings)
+    return graded(DPOTrainer._compute_loss(trainer, answering(logps), inputs, return_outputs=False), logps, shown(trainer))
 
 
 def kto(drawn: dict[str, Tensor], *, labels: list[bool], **settings: object) -> dict[str, object]:
@@ -104,7 +112,7 @@ def kto(drawn: dict[str, Tensor], *, labels: list[bool], **settings: object) -> 
         "ref_KL_logps": other_reference,
     }
     trainer = shared(calculate_KL=True, loss_type="kto", _compute_kl_logps=lambda *_: other.detach().sum(1), **settings)
-    return graded(KTOTrainer._compute_loss(trainer, answering(own), inputs, return_outputs=False), logps)
+    return graded(KTOTrainer._compute_loss(trainer, answering(own), inputs, return_outputs=False), logps, shown(trainer))
 
 
 def cpo(drawn: dict[str, Tensor], **settings: object) -> dict[str, object]:
@@ -112,7 +120,8 @@ def cpo(drawn: dict[str, Tensor], **settings: object) -> dict[str, object]:
     logps = drawn["logps"].clone().requires_grad_()
     trainer = SimpleNamespace(**{"accelerator": ACCELERATOR, "alpha": 0.0, "label_smoothing": 0.0, "simpo_gamma": 0.5, **settings})
     given = logps.sum(1) / drawn["mask"].sum(1) if trainer.loss_type == "simpo" else (logps - drawn["reference"]).sum(1)
-    return graded(CPOTrainer.cpo_loss(trainer, *given.chunk(2))[0].mean(), logps)
+    losses, *rewards = CPOTrainer.cpo_loss(trainer, *given.chunk(2))
+    return graded(losses.mean(), logps, (rewards[0].mean().item(), rewards[1].mean().item()))
 
 
 def orpo(drawn: dict[str, Tensor]) -> dict[str, object]:

@@ -228,6 +228,16 @@ def test_an_interrupt_saves_and_a_second_one_stops_at_once(tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    """nohup ignores SIGHUP: what it runs goes on when the terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train(tmp_path, rows=Signalled(at=3, number=signal.SIGHUP))[1].step == CONFIG.steps
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_a_loss_that_is_not_finite_stops_and_saves_nothing(tmp_path, value):
     class Broken(Bigram):

@@ -13,10 +13,11 @@ from trivium.data.batches import Batches
 from trivium.data.prepare import prepare
 from trivium.models.presets import llama
 from trivium.models.transformer import build, initialize
-from trivium.nn.heads_task import Reward
+from trivium.nn.heads_task import Classifier, Reward
 from trivium.optim.optimizers import AdamW
 from trivium.optim.schedules import Constant
 from trivium.train import history
+from trivium.train.classes import Classes
 from trivium.train.loop import Interrupted, TrainConfig, fit
 from trivium.train.objectives import NextToken, Objective
 from trivium.train.rewards import BradleyTerry
@@ -28,7 +29,8 @@ every_objective = pytest.mark.parametrize("spec", [part.tiny() for _, part in Ob
 
 def host(spec: Objective) -> nn.Module:
     """A model that `spec` can train."""
-    return model(head=Reward()) if isinstance(spec, BradleyTerry) else model()
+    heads = {BradleyTerry: Reward(), Classes: Classifier(labels=3, pool="last")}
+    return model(head=heads.get(type(spec)))
 
 
 @every_objective

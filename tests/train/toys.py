@@ -60,13 +60,14 @@ class Rows:
         return Batch(tokens, segments, targets, self.values(i))
 
     def values(self, i: int) -> dict[str, torch.Tensor]:
-        """What documents of pairs may have: a reference's log-probability, a margin, whether the first one was liked."""
+        """What documents may have: a reference's log-probability, a margin, whether the first one of a pair was liked, a class."""
         draws = generator(self.seed, "values", i)
         liked = (-1.0) ** torch.arange(self.rows)
         return {
             "reference": -20 - 5 * torch.rand(self.rows, 2, generator=draws),
             "margin": torch.rand(self.rows, 2, generator=draws),
             "label": torch.stack([liked, torch.zeros(self.rows)], 1),
+            "class": torch.randint(0, 3, (self.rows, 2), generator=draws).float(),
         }
 
 

@@ -97,6 +97,17 @@ def remove_adapter(model: BuiltModel[Any], name: str = "default") -> None:
 
 
 @dataclass(frozen=True)
+class Repacked:
+    """What merging into packed weights gives up: the `form` they were held in, all weights' bytes then and now, and, were the merged
+    maps packed so again, the mean KL divergence in nats from the adapter beside them (None: it cannot be told)."""
+
+    form: str
+    bytes_before: int
+    bytes_after: int
+    mean_kl: float | None
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """What merging changed, measured on given tokens, adapter beside the base against merged: the largest absolute
     difference of logits, their standard deviation, the mean KL divergence in nats, and how often the likeliest token differs."""
@@ -108,10 +119,26 @@ class MergeReport:
     mean_kl: float
     argmax_changed: float
     tokens: int
+    repacked: Repacked | None = None
 
     @property
     def relative(self) -> float:
         return self.max_logit_difference / max(self.logit_deviation, 1e-12)
+
+
+def compared(before: Tensor, after: Tensor, *, adapter: str, maps: int) -> MergeReport:
+    """By how much logits [B, T, V] moved."""
+    before, after = before.float(), after.float()
+    before_log, after_log = before.log_softmax(-1), after.log_softmax(-1)
+    return MergeReport(
+        adapter=adapter,
+        maps=maps,
+        max_logit_difference=(before - after).abs().max().item(),
+        logit_deviation=before.std().item(),
+        mean_kl=(before_log.exp() * (before_log - after_log)).sum(-1).mean().item(),
+        argmax_changed=(before.argmax(-1) != after.argmax(-1)).float().mean().item(),
+        tokens=before[..., 0].numel(),
+    )
 
 
 @torch.no_grad()
@@ -120,47 +147,45 @@ def merge(model: BuiltModel[Any], name: str = "default", *, probe: Tensor) -> Me
     is measured. Sums are made in float32 and rounded once. `ConfigError` for a method that no weights of the base can express."""
     model.eval()
     chosen = updates(model, name)
-    maps = _maps(model, name)
-    if len({id(module.base.weight) for module, _ in maps.values()}) < len(maps):
+    maps = linear_updates(model, name)
+    if len({id(next(module.base.parameters())) for module, _ in maps.values()}) < len(maps):
         message = f"adapter {name!r} has an update for each of several layers that share their weights, and cannot be merged into them"
         raise ConfigError(message)
-    before = model(probe).logits.float()
+    before = model(probe).logits
     for module, update in maps.values():
-        _set(module.base, update.merged(module.base.weight, module.base.bias))
+        module.base.put(*update.merged(module.base.weight, module.base.bias))
     remove_adapter(model, name)
-    after = model(probe).logits.float()
-    before_log, after_log = before.log_softmax(-1), after.log_softmax(-1)
-    return MergeReport(
-        adapter=name,
-        maps=len(chosen),
-        max_logit_difference=(before - after).abs().max().item(),
-        logit_deviation=before.std().item(),
-        mean_kl=(before_log.exp() * (before_log - after_log)).sum(-1).mean().item(),
-        argmax_changed=(before.argmax(-1) != after.argmax(-1)).float().mean().item(),
-        tokens=probe.numel(),
-    )
+    return compared(before, model(probe).logits, adapter=name, maps=len(chosen))
 
 
 @torch.no_grad()
-def unmerge(model: BuiltModel[Any], step: Adapter, tensors: Mapping[str, Tensor]) -> None:
+def kept(model: BuiltModel[Any], name: str = "default") -> dict[str, Tensor]:
+    """What undoing a merge of adapter `name` will need to know of the base beside the adapter's parameters, by place: DoRA's norms.
+    Empty for methods that need nothing."""
+    found = {path: update.kept(host.weight) for path, (host, update) in updates(model, name).items() if isinstance(update, LinearUpdate)}
+    return {path: tensor for path, tensor in found.items() if tensor is not None}
+
+
+@torch.no_grad()
+def unmerge(model: BuiltModel[Any], step: Adapter, tensors: Mapping[str, Tensor], *, known: Mapping[str, Tensor] | None = None) -> None:
     """Undo a merge: take the updates out again and put the adapter back beside the base. `tensors`: the adapter's
-    parameters by their names in the model. Exact up to the rounding of the base's dtype; `TriviumError` for a method whose
-    base cannot be told from what was merged."""
+    parameters by their names in the model; `known`: what `kept` gave before the merge. Exact up to the rounding of the base's
+    dtype; `TriviumError` for a method whose base cannot be told from what was merged."""
     step.apply(model)
     for key, parameter in adapter_tensors(model, step.name).items():
         if key not in tensors:
             raise TriviumError(f"the adapter has no tensor {key}")
         parameter.copy_(tensors[key])
-    take_out(model, step.name)
+    take_out(model, step.name, known=known)
 
 
 @torch.no_grad()
-def take_out(model: BuiltModel[Any], name: str = "default") -> None:
+def take_out(model: BuiltModel[Any], name: str = "default", *, known: Mapping[str, Tensor] | None = None) -> None:
     """Take what adapter `name` does out of the base weights, into which it was merged; it stays beside them."""
-    maps = _maps(model, name)
-    found = {path: update.unmerged(module.base.weight, module.base.bias) for path, (module, update) in maps.items()}
+    maps, known = linear_updates(model, name), known or {}
+    found = {path: update.unmerged(module.base.weight, module.base.bias, known.get(path)) for path, (module, update) in maps.items()}
     for path, made in found.items():
-        _set(maps[path][0].base, made)
+        maps[path][0].base.put(*made)
 
 
 def of(patterns: Mapping[str, N], name: str, default: N) -> N:
@@ -178,7 +203,7 @@ def adapt_linear(model: BuiltModel[Any], name: str, module: Linear | AdaptedLine
     return adapted
 
 
-def _maps(model: BuiltModel[Any], name: str) -> dict[str, tuple[AdaptedLinear, LinearUpdate]]:
+def linear_updates(model: BuiltModel[Any], name: str) -> dict[str, tuple[AdaptedLinear, LinearUpdate]]:
     """The updates of adapter `name`, if all of them are of linear maps."""
     found = {}
     for path, (host, update) in updates(model, name).items():
@@ -187,12 +212,6 @@ def _maps(model: BuiltModel[Any], name: str) -> dict[str, tuple[AdaptedLinear, L
             raise ConfigError(f"adapter {name!r} is of kind {kind!r}, which no weights of the base can express: it cannot be merged")
         found[path] = (host, update)
     return found
-
-
-def _set(linear: Linear, made: tuple[Tensor, Tensor | None]) -> None:
-    for parameter, tensor in zip((linear.weight, linear.bias), made, strict=True):
-        if parameter is not None and tensor is not None:
-            parameter.copy_(tensor.to(parameter.dtype))
 
 
 def _hosts(model: nn.Module) -> dict[str, Adapted]:

@@ -51,5 +51,12 @@ class Freeze(Pass):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for name in (*layers[len(layers) - self.last :], *self.train):
-            for parameter in modules[name].parameters():
+            for path, parameter in modules[name].named_parameters():
+                if not parameter.is_floating_point():
+                    raise ConfigError(
+                        f"freeze: {name}.{path.rpartition('.')[0]} holds its weights in four bits, which cannot be trained: leave it out of "
+                        "nf4 (keep), or train an adapter",
+                        field="train",
+                        value=name,
+                    )
                 parameter.requires_grad_(True)

@@ -48,8 +48,9 @@ class LowBit(Pass):
     def change(self, model: BuiltModel[Any]) -> None:
         chosen = select(model, self.targets, what="low-bit weights")
         for name, module in chosen.items():
-            if not isinstance(module, Linear):
-                raise ConfigError(f"low-bit weights: {name} is adapted: merge the adapter first", field="targets", value=name)
+            if type(module) is not Linear:
+                what = "quantized: nothing of it can be trained" if isinstance(module, Linear) else "adapted: merge the adapter first"
+                raise ConfigError(f"low-bit weights: {name} is {what}", field="targets", value=name)
             norm = None if self.norm is None else _build(self.norm, module)
             replace_module(model, name, LowBitLinear(module, scheme=self.weights, activation_bits=self.activation_bits, norm=norm))
 

@@ -29,8 +29,8 @@ def resize(model: TransformerModel, sources: Sequence[Sequence[int]], *, used: i
         raise ConfigError("adding tokens needs an embedding of tokens and a language head")
     tables: list[TokenEmbedding | Linear] = [model.embed]
     if not model.spec.head.tied:  # type: ignore[attr-defined]
-        if not isinstance(model.head.out, Linear):
-            raise ConfigError("the head is adapted: merge the adapter before adding tokens")
+        if type(model.head.out) is not Linear:
+            raise ConfigError("the head is adapted or quantized: add tokens to the plain model first")
         tables.append(model.head.out)
     rows = model.spec.vocab
     needed = used + len(sources)

@@ -1,4 +1,4 @@
-"""Text metrics as pure functions: exact match, normalized exact match, and the fields of JSON answers.
+"""Text metrics as pure functions: exact match, normalized exact match, the fields of JSON answers, spans of tags.
 
 A metric gives each row a term (numerator, denominator); its value over a set is the sum of numerators over the sum of denominators. So micro
 precision, recall, F1 and accuracy are one statistic, `checks.bootstrap.ratio`, and their intervals come from resampling rows.
@@ -10,7 +10,7 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 _DECODER = json.JSONDecoder(parse_constant=lambda name: _refuse(name))
@@ -76,6 +76,31 @@ def field_terms(answer: Any, expected: Any) -> dict[str, Term]:
         "field_precision": Term(hits, given.total()),
         "field_recall": Term(hits, wanted.total()),
         "field_f1": Term(2 * hits, given.total() + wanted.total()),
+    }
+
+
+def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """The spans (kind, first, end) that tags such as B-place, I-place, O say. As conlleval and seqeval read them, an I- that does not
+    go on with a span of its kind begins one."""
+    found, kind, first = set(), "", 0
+    for i, tag in enumerate((*tags, "O")):
+        mark, _, of = tag.partition("-")
+        if kind and (mark != "I" or of != kind):
+            found.add((kind, first, i))
+            kind = ""
+        if mark != "O" and not kind:
+            kind, first = of, i
+    return found
+
+
+def span_terms(answer: Sequence[str], expected: Sequence[str]) -> dict[str, Term]:
+    """Terms of a row's precision, recall and F1 of whole spans: one counts if its kind and both its ends are right."""
+    given, wanted = spans(answer), spans(expected)
+    hits = len(given & wanted)
+    return {
+        "span_precision": Term(hits, len(given)),
+        "span_recall": Term(hits, len(wanted)),
+        "span_f1": Term(2 * hits, len(given) + len(wanted)),
     }
 
 

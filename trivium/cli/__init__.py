@@ -45,6 +45,17 @@ COMMANDS = (
     Command("chat", "trivium.cli.chat:chat", "Talk to a model, or ask it one thing.", "trivium.infer.sampling:Sampling"),
     Command("data inspect", "trivium.cli.data:inspect", "What rows become: numbers, and what is trained in them."),
     Command("data prepare", "trivium.cli.data:prepare", "Turn rows into a folder of tokens that training reads."),
+    Command("data convert", "trivium.cli.data:convert", "Write rows in another format, and lose nothing."),
+    Command(
+        "data curate", "trivium.cli.data:curate", "Keep the good rows: dedup, lengths, scores, diversity.", "trivium.recipes.curate:Curate"
+    ),
+    Command("data decontaminate", "trivium.cli.data:decontaminate", "Take out rows that hold what an evaluation asks."),
+    Command(
+        "data synthesize",
+        "trivium.cli.data:synthesize",
+        "Let a model write instructions and answers.",
+        "trivium.recipes.synthesize:Synthesize",
+    ),
     Command("tokenizer train", "trivium.cli.tokenizer:train", "Train a tokenizer on text of any size."),
     Command("tokenizer encode", "trivium.cli.tokenizer:encode", "The tokens of a text."),
     Command("tokenizer inspect", "trivium.cli.tokenizer:inspect", "What a tokenizer is, and what it makes of text."),
@@ -55,21 +66,36 @@ COMMANDS = (
     Command(
         "prefer", "trivium.cli.prefer:prefer", "Teach a model which answers are better (DPO and its kin).", "trivium.recipes.prefer:Prefer"
     ),
+    Command(
+        "reward",
+        "trivium.cli.reward:reward",
+        "Train a reward model from pairs, or score rows with one.",
+        "trivium.recipes.reward:RewardModel",
+    ),
+    Command(
+        "classify train",
+        "trivium.cli.classify:train",
+        "Teach a model which class a text is of.",
+        "trivium.recipes.classify:Classify",
+    ),
+    Command("classify predict", "trivium.cli.classify:predict", "Which class a text is of, or each row of a file."),
     Command("eval run", "trivium.cli.eval:run", "Measure a model on a task.", "trivium.recipes.evaluate:Eval"),
     Command("eval diff", "trivium.cli.eval:diff", "Compare two results, row by row."),
     Command("adapter inspect", "trivium.cli.adapter:inspect", "What an adapter changes, and by how much."),
     Command("adapter merge", "trivium.cli.adapter:merge", "Add an adapter into its base's weights."),
     Command("adapter unmerge", "trivium.cli.adapter:unmerge", "Take a merged adapter out again."),
+    Command("adapter convert", "trivium.cli.adapter:convert", "Write an adapter as another method, rank, dtype, layout, or as GGUF."),
     Command("convert", "trivium.cli.convert:convert", "Write a model as a model directory, in another dtype or family, or as a GGUF file."),
     Command("runs", "trivium.cli.runs:runs", "The runs on this machine: list, compare, draw."),
     Command("concepts", "trivium.cli.concepts:concepts", "What works today, the part that does it, and its proof."),
     Command("doctor", "trivium.cli.doctor:doctor", "What this machine has, how fast it is, and what to watch."),
 )
 GROUPS = {  # of commands of two words
-    "data": "Look at training data, and prepare it.",
+    "data": "Look at training data, convert, curate and prepare it.",
     "tokenizer": "Train tokenizers, and look inside.",
+    "classify": "Train classifiers, and use them.",
     "eval": "Measure models, and compare results.",
-    "adapter": "Merge adapters, take them out again, and look inside.",
+    "adapter": "Merge adapters, take them out again, convert them, and look inside.",
 }
 
 HELP = """Trivium builds, adapts, measures and serves language models, from raw text to agent.

@@ -21,6 +21,7 @@ from . import UsageError
 
 if TYPE_CHECKING:
     from ..infer.sampling import Sampling
+    from ..train.run import Run
 
 S = TypeVar("S", bound=Spec)
 
@@ -124,6 +125,15 @@ def answer(value: Any, *, as_json: bool) -> None:
         print(layout(list(value[0]), [["" if cell is None else cell for cell in row.values()] for row in value]))
     else:
         print(value)
+
+
+def trained(done: Run, *, try_: str, as_json: bool) -> None:
+    """What every command that trains answers with: where the result is, or with its metrics as JSON; and what to `try_` next."""
+    if as_json:
+        answer({"path": str(done.path), "metrics": done.metrics}, as_json=True)
+        return
+    answer(str(done.path), as_json=False)
+    log.say(try_)
 
 
 def describe(target: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .options import Configs, Flags, answer, resolve
+from .options import Configs, Flags, answer, resolve, trained
 
 
 def pretrain(*flags: Flags, config: Configs = (), dry_run: bool = False, json: bool = False) -> None:
@@ -37,8 +37,4 @@ def pretrain(*flags: Flags, config: Configs = (), dry_run: bool = False, json: b
         answer({"config": job.to_dict(defaults=True), "size": size} if json else job, as_json=json)
         return
     done = run(job)
-    if json:
-        answer({"path": str(done.path), "metrics": done.metrics}, as_json=True)
-        return
-    answer(str(done.path), as_json=False)
-    log.say(f"let it write: trivium generate {done.path} 'Once upon a time'")
+    trained(done, try_=f"let it write: trivium generate {done.path} 'Once upon a time'", as_json=json)

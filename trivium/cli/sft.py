@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .options import Configs, Flags, answer, resolve
+from .options import Configs, Flags, answer, resolve, trained
 
 
 def sft(*flags: Flags, config: Configs = (), dry_run: bool = False, json: bool = False) -> None:
@@ -36,8 +36,4 @@ def sft(*flags: Flags, config: Configs = (), dry_run: bool = False, json: bool =
         answer({"config": job.to_dict(defaults=True), **planned} if json else job, as_json=json)
         return
     done = run(job)
-    if json:
-        answer({"path": str(done.path), "metrics": done.metrics}, as_json=True)
-        return
-    answer(str(done.path), as_json=False)
-    log.say(f"talk to it: trivium chat {done.path}")
+    trained(done, try_=f"talk to it: trivium chat {done.path}", as_json=json)

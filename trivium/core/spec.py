@@ -120,6 +120,11 @@ class Part(Spec):
         """The contracts of tests/contracts that this part, as it is set, does not keep, each with the reason in words."""
         return {}
 
+    @classmethod
+    def exempted(cls) -> Self | None:
+        """A form that does not keep some contract, for the table of exemptions; None: every form keeps all."""
+        return None
+
     @model_validator(mode="wrap")
     @classmethod
     def _find_the_member(cls, data: Any, handler: Any) -> Any:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import ceil, prod
 
 import numpy as np
 import torch
 
 from ..core.errors import ConfigError
+from ..core.log import log
 from ..core.seed import derive
 from .bank import Prepared
 from .batch import Batch
@@ -59,18 +60,48 @@ class Batches:
         """Batches that hold as many bins as `epochs` passes over every set: exactly that for one set, at its share for several."""
         return max(1, ceil(epochs * sum(len(prepared.bins) for prepared in self.sets) / self.rows))
 
+    def dealt(self, steps: int) -> list[int]:
+        """How many bins of each set the first `steps` global batches hold."""
+        return self._mixture.turns(steps * self.rows)
+
+    def held(self, number: int, bins: int, *, what: str = "length") -> int:
+        """The tokens in the first `bins` bins that are taken of a set, or with `what="supervised"` the targets; exactly."""
+        prepared = self.sets[number]
+        epochs, rest = divmod(bins, len(prepared.bins))
+        column = prepared.index[what]
+        last = [int(row) for turn in range(bins - rest, bins) for row in prepared.bins[self._turn(number, turn)]]
+        return epochs * int(column.sum(dtype=np.int64)) + int(column[last].sum(dtype=np.int64))
+
     def _bin(self, slot: int) -> tuple[int, int]:
         number, turn = self._mixture.turn(slot)
+        return number, self._turn(number, turn)
+
+    def _turn(self, number: int, turn: int) -> int:
+        """The bin of a set's turn."""
         prepared = self.sets[number]
         epoch, position = divmod(turn, len(prepared.bins))
-        key = derive(self.seed, "epoch", prepared.fingerprint, epoch)
-        return number, permuted(position, len(prepared.bins), key=key)
+        return permuted(position, len(prepared.bins), key=derive(self.seed, "epoch", prepared.fingerprint, epoch))
 
 
 def ordered(prepared: Prepared, *, rows: int) -> Iterator[Batch]:
     """Every bin once, in order, `rows` to a batch; the last may hold fewer. For validation."""
     for start in range(0, len(prepared.bins), rows):
         yield collate([(prepared, bin_) for bin_ in range(start, min(start + rows, len(prepared.bins)))])
+
+
+def by_row(prepared: Prepared, numbers: Callable[[Batch], torch.Tensor], *, rows: int, what: str) -> np.ndarray:
+    """A number for each row, [rows] fp32 in the rows' order, where `numbers` gives those of the documents of a batch, [B, D]. `what`
+    is being computed, `rows` bins at a time, is shown."""
+    found, bin_ = np.zeros(len(prepared), np.float32), 0
+    with log.progress(what, len(prepared.bins)) as progress:
+        for batch in ordered(prepared, rows=rows):
+            made = numbers(batch).float().cpu().numpy()
+            for row in made:
+                own = prepared.bins[bin_]
+                found[own] = row[: len(own)]
+                bin_ += 1
+            progress.advance(len(made))
+    return found
 
 
 def collate(bins: Sequence[tuple[Prepared, int]]) -> Batch:

@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 Turns = Literal["all", "last"]
 Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
-FEEDS = {"tokens": "next-token training", "preference": "preference training", "labels": "training on labels", "prompts": "rollouts"}
+FEEDS = {
+    "tokens": "next-token training",
+    "preference": "preference training",
+    "labels": "training on labels",
+    "classes": "training of classifiers",
+    "prompts": "rollouts",
+}
 
 
 class Misfit(TriviumError):
@@ -356,4 +362,5 @@ _format(
     takes="prompt tools instruction input system margin",
 )
 _format("labeled", "labeled: {prompt, completion, label}", feeds=["labels"], needs="prompt completion label", takes="tools")
+_format("classified", "classified: {text, label}", feeds=["classes"], needs="text label")
 _format("prompt", "prompt: {prompt}, further columns reach the reward", feeds=["prompts"], needs="prompt", takes="tools")

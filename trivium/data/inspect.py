@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .bank import Facts, Prepared, Tally
+from .likeness import near, shingles
 
 if TYPE_CHECKING:
     from ..text.tokenizer import Tokenizer
 
 OPEN, CLOSE = "⟦", "⟧"  # around trained tokens where there is no color
+ALIKE, RUN = 0.8, 5  # rows that share this much of their runs of so many tokens are near duplicates
+COMPARED = 20_000  # rows that are compared with each other
 TRAINED, CONTEXT, RESET = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
@@ -44,6 +47,8 @@ class Inspection:
     coverage: float  # supervised tokens of all tokens
     lengths: Lengths
     duplicates: int  # rows whose ids an earlier row has too
+    near_duplicates: int  # other rows that share most runs of tokens with an earlier one
+    compared: int  # rows among which these were looked for
     length: int
     bins: int
     fill: float  # tokens of the room in all bins
@@ -64,6 +69,7 @@ class Inspection:
             ("tokens a row", f"min {lengths.min}, median {lengths.median:.0f}, 95% {lengths.p95:.0f}, max {lengths.max}"),
             ("bins", f"{self.bins} of {self.length} tokens, {self.fill:.1%} full ({facts.packing})"),
             ("duplicates", str(self.duplicates)),
+            *([("near duplicates", f"{self.near_duplicates}, among {self.compared} rows")] if self.compared else []),
             ("nothing to train on", _tally(facts.empty)),
             ("too long, dropped", _tally(facts.dropped)),
             ("too long, cut", _tally(facts.truncated)),
@@ -80,11 +86,15 @@ class Span:
     trained: bool
 
 
-def inspect(prepared: Prepared) -> Inspection:
-    """Count what a prepared data set holds."""
+def inspect(prepared: Prepared, *, alike: Sequence[int] = ()) -> Inspection:
+    """Count what a prepared data set holds. `alike`: rows among which near duplicates are looked for, the first `COMPARED` at most;
+    that costs about a second for each million tokens."""
     lengths = prepared.index["length"]
     hashes = np.fromiter((_hash(prepared.row(row)[0]) for row in range(len(prepared))), np.uint64, len(prepared))
     tokens = len(prepared.tokens)
+    compared = list(alike[:COMPARED])
+    _, first = np.unique(hashes[compared], return_index=True)
+    sets = [shingles(prepared.row(compared[at])[0].astype(np.uint64), RUN) for at in np.sort(first)]
     return Inspection(
         facts=prepared.facts,
         rows=len(prepared),
@@ -93,6 +103,8 @@ def inspect(prepared: Prepared) -> Inspection:
         coverage=prepared.supervised / tokens,
         lengths=Lengths(int(lengths.min()), float(np.median(lengths)), float(np.percentile(lengths, 95)), int(lengths.max())),
         duplicates=len(prepared) - len(np.unique(hashes)),
+        near_duplicates=len(near(sets, threshold=ALIKE)),
+        compared=len(compared),
         length=prepared.length,
         bins=len(prepared.bins),
         fill=tokens / (len(prepared.bins) * prepared.length),

@@ -53,6 +53,16 @@ class Mixture:
                     return source, turn
         raise AssertionError(f"slot {slot} was dealt to nobody")
 
+    def turns(self, slots: int) -> list[int]:
+        """How many of the first `slots` each source is dealt."""
+        found = []
+        for source, rate in enumerate(self.rates):
+            count = max(0, slots * rate // self.total - len(self.rates))
+            while self._slot(source, count) < slots:
+                count += 1
+            found.append(count)
+        return found
+
     def _slot(self, source: int, turn: int) -> int:
         """How many turns of all sources come before this one."""
         before, own = turn, self.rates[source]

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.errors import ConfigError, DataError, TriviumError
-from .bank import Prepared
+from ..core.errors import DataError, TriviumError
 from .formats import Format, Misfit, Turns, choose, formats, show
-from .prepare import PEEKED, Bank, numbered
+from .growing import PEEKED, Bank
 from .rows import Record
 
 if TYPE_CHECKING:
@@ -25,66 +25,51 @@ if TYPE_CHECKING:
 Side = Mapping[str, Any]  # {prompt, completion, tools}, both strings or both messages
 
 
-def prepare_pairs(
-    rows: Iterable[Record | Mapping[str, Any]],
-    prompt: Prompt,
-    *,
-    length: int,
-    format: str | None = None,
-    turns: Turns = "all",
-    arguments: Mapping[str, Any] | None = None,
-    too_long: Literal["drop", "truncate"] = "drop",
-    max_dropped: int | None = 0,
-    max_empty: int | None = 0,
-    max_same: int | None = 0,
-    packing: str = "best_fit",
-) -> Prepared:
-    """A token bank of rows (chosen, rejected, chosen, rejected, ...), each of at most `length` tokens, in bins of two lengths.
+@dataclass(frozen=True)
+class Filled:
+    """What rows were put into a bank: their format, how many stand together, and numbers [rows] that came with them."""
 
-    A pair is left out, and counted, if its sides are the same (`max_same`), if a side says nothing (`max_empty`), if one is too
-    long or its prompt leaves no room (`max_dropped`); more of them than allowed raise `DataError`, as do rows that do not fit.
-    The value `margin` holds the row's, on the chosen side, if any row has one.
+    format: Format
+    together: int = 1
+    values: Mapping[str, np.ndarray] | None = None
+
+
+def fill_pairs(
+    bank: Bank, records: Iterable[Record], prompt: Prompt, *, format: str | None, turns: Turns, arguments: Mapping[str, Any] | None
+) -> Filled:
+    """Rows (chosen, rejected, chosen, rejected, ...), each no longer than the bank's.
+
+    A pair is left out, and counted, if its sides are the same, if a side says nothing, if one is too long or its prompt leaves no
+    room. The value `margin` holds the row's, on the chosen side, if any row has one.
     """
-    maker = _Maker(prompt, length, turns=turns, arguments=arguments, too_long=too_long)
-    records, chosen = _told(rows, format, feeds="preference")
+    maker = _Maker(bank, prompt, turns=turns, arguments=arguments)
+    records, chosen = _told(records, format, feeds="preference")
     margins: list[float] = []
     for record in records:
-        maker.bank.count(record)
+        bank.count(record)
         found = maker.pair(record)
         if found is not None:
             margins += [_margin(record), 0.0]
             for row in found:
-                maker.bank.append(record, row.ids, row.targets)
-    maker.bank.check(max_dropped=max_dropped, max_empty=max_empty, max_same=max_same)
-    values = {"margin": np.asarray(margins, np.float32)} if any(margins) else None
-    return maker.bank.close(chosen, prompt=prompt.digest(), packing=packing, together=2, values=values)
+                bank.append(record, row.ids, row.targets)
+    bank.check()
+    return Filled(chosen, 2, {"margin": np.asarray(margins, np.float32)} if any(margins) else None)
 
 
-def prepare_judged(
-    rows: Iterable[Record | Mapping[str, Any]],
-    prompt: Prompt,
-    *,
-    length: int,
-    format: str | None = None,
-    turns: Turns = "all",
-    arguments: Mapping[str, Any] | None = None,
-    too_long: Literal["drop", "truncate"] = "drop",
-    max_dropped: int | None = 0,
-    max_empty: int | None = 0,
-    max_same: int | None = 0,
-    packing: str = "best_fit",
-) -> Prepared:
-    """A token bank of rows (answer, mismatch, answer, mismatch, ...) of answers that were liked or not: of rows {prompt,
-    completion, label}, or of pairs, whose sides then count each by itself. Further arguments are those of `prepare_pairs`.
+def fill_judged(
+    bank: Bank, records: Iterable[Record], prompt: Prompt, *, format: str | None, turns: Turns, arguments: Mapping[str, Any] | None
+) -> Filled:
+    """Rows (answer, mismatch, answer, mismatch, ...) of answers that were liked or not: of rows {prompt, completion, label}, or of
+    pairs, whose sides then count each by itself.
 
     The value `label` is 1 for what was liked and -1 for what was not, 0 for mismatches. A mismatch is a prompt with the answer
     to the next other prompt, cut where it is too long.
     """
-    maker = _Maker(prompt, length, turns=turns, arguments=arguments, too_long=too_long)
-    records, chosen = _told(rows, format, feeds="labels")
+    maker = _Maker(bank, prompt, turns=turns, arguments=arguments)
+    records, chosen = _told(records, format, feeds="labels")
     judged: list[tuple[Record, Side, Row, float]] = []
     for record in records:
-        maker.bank.count(record)
+        bank.count(record)
         if chosen.name == "preference":
             found = maker.pair(record)
             if found is not None:
@@ -94,7 +79,7 @@ def prepare_judged(
         row = maker.row(record, side)
         if row is not None:
             judged.append((record, side, row, label))
-    maker.bank.check(max_dropped=max_dropped, max_empty=max_empty, max_same=max_same, kept=len(judged))
+    bank.check(kept=len(judged))
     labels: list[float] = []
     for index, (record, side, row, label) in enumerate(judged):
         following = (judged[(index + ahead) % len(judged)][1] for ahead in range(1, len(judged)))
@@ -103,23 +88,42 @@ def prepare_judged(
             raise DataError(f"all {len(judged)} rows have the same prompt; judged answers need the answer to another prompt beside each")
         mismatch = maker.encoded(record, {**side, "completion": other["completion"]})
         for made in (row, mismatch):
-            maker.bank.append(record, made.ids[:length], made.targets[:length])
+            bank.append(record, made.ids[: bank.length], made.targets[: bank.length])
         labels += [label, 0.0]
-    values = {"label": np.asarray(labels, np.float32)}
-    return maker.bank.close(chosen, prompt=prompt.digest(), packing=packing, together=2, values=values)
+    return Filled(chosen, 2, {"label": np.asarray(labels, np.float32)})
+
+
+def fill_answers(
+    bank: Bank, records: Iterable[Record], prompt: Prompt, *, format: str | None, turns: Turns, arguments: Mapping[str, Any] | None
+) -> Filled:
+    """Whole answers that are to be given a number each, in order and none left out: one row for each record, of any format that
+    holds an answer, and two (chosen, rejected) for a pair. One that is too long is a `DataError`."""
+    maker = _Maker(bank, prompt, turns=turns, arguments=arguments)
+    records = iter(records)
+    first = list(itertools.islice(records, 1))
+    there = first[0].value.keys() if first else ()
+    feeds = "labels" if "label" in there else "tokens"
+    records, chosen = _told(itertools.chain(first, records), format, feeds=feeds if format is None else min(formats.get(format).feeds))
+    for record in records:
+        bank.count(record)
+        if chosen.name == "preference":
+            made = [maker.encoded(record, side) for side in maker.sides(record)]
+        else:
+            made = [maker.encoded(record, record.value, chosen.name if chosen.convert else "prompt_completion")]
+        for row in made:
+            if len(row.ids) > bank.length:
+                raise DataError(
+                    f"{record.where}: {len(row.ids)} tokens, and there is room for {bank.length}; shorten it, or raise the length"
+                )
+            bank.append(record, row.ids, row.targets)
+    return Filled(chosen)
 
 
 class _Maker:
     """Sides into rows of ids, and what is wrong with them into tallies."""
 
-    def __init__(
-        self, prompt: Prompt, length: int, *, turns: Turns, arguments: Mapping[str, Any] | None, too_long: Literal["drop", "truncate"]
-    ):
-        if length < 2:
-            raise ConfigError(f"length: {length} leaves no room for a token and the one before it", field="length", value=length)
-        self.prompt, self.length, self.turns, self.arguments = prompt, length, turns, arguments
-        self.truncate = too_long == "truncate"
-        self.bank = Bank(length, truncate=self.truncate, stops=frozenset(prompt.stops))
+    def __init__(self, bank: Bank, prompt: Prompt, *, turns: Turns, arguments: Mapping[str, Any] | None):
+        self.bank, self.prompt, self.turns, self.arguments = bank, prompt, turns, arguments
 
     def sides(self, record: Record) -> tuple[Side, Side]:
         try:
@@ -146,19 +150,19 @@ class _Maker:
         said = [at for at, (token, on) in enumerate(zip(row.ids, row.targets, strict=True)) if on and at and token not in self.bank.stops]
         if not said:
             return self._out("empty", record.where)
-        if said[0] >= self.length:
+        if said[0] >= self.bank.length:
             return self._out("dropped", f"{record.where} (its prompt alone fills {said[0]} tokens)")
-        if len(row.ids) > self.length:
+        if len(row.ids) > self.bank.length:
             place = f"{record.where} ({len(row.ids)} tokens)"
-            if not self.truncate:
+            if not self.bank.truncate:
                 return self._out("dropped", place)
             self.bank.tallies.note("truncated", place)
-            row.ids, row.targets = row.ids[: self.length], row.targets[: self.length]
+            row.ids, row.targets = row.ids[: self.bank.length], row.targets[: self.bank.length]
         return row
 
-    def encoded(self, record: Record, side: Side) -> Row:
+    def encoded(self, record: Record, side: Side, format: str = "prompt_completion") -> Row:
         """The ids of one side, of any length."""
-        convert = formats.get("prompt_completion").convert
+        convert = formats.get(format).convert
         assert convert is not None
         try:
             made = convert(side).rows(self.prompt, turns=self.turns, arguments=self.arguments)
@@ -214,9 +218,9 @@ def _judged(record: Record) -> tuple[Side, float]:
     return {"prompt": row["prompt"], "completion": row["completion"], **tools}, 1.0 if row["label"] else -1.0
 
 
-def _told(rows: Iterable[Record | Mapping[str, Any]], name: str | None, *, feeds: str) -> tuple[Iterable[Record], Format]:
+def _told(rows: Iterable[Record], name: str | None, *, feeds: str) -> tuple[Iterable[Record], Format]:
     """The rows, and the format that the first of them agree on; where labels are wanted, pairs will do."""
-    records = numbered(rows)
+    records = iter(rows)
     head = list(itertools.islice(records, PEEKED))
     if not head:
         raise DataError("no rows: the data is empty")

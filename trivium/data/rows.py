@@ -1,4 +1,4 @@
-"""Rows from files, one at a time: JSONL, Parquet and plain text, compressed or not.
+"""Rows from files, one at a time: JSONL, CSV, Parquet and plain text, compressed or not.
 
 Every row knows the file and line that it came from, and every error says so. Reading is streamed: what is held is one line
 of JSONL, one slice of a Parquet row group, or one text document. Hub data sets are left out.
@@ -19,6 +19,7 @@ from ..core.errors import DataError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet",)
+TABLES = {".csv": ",", ".tsv": "\t"}  # by what separates their cells
 TEXT = (".txt", ".md", ".py")
 COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 MAX_BYTES = 256 << 20  # of one line or one text document, after decompression: a bound on memory, far above any real row
@@ -45,8 +46,9 @@ class Record:
 def read(paths: Paths) -> Iterator[Record]:
     """The rows of files, folders and globs, in the order given; what a folder or glob matches comes sorted.
 
-    JSONL (`.jsonl`, `.ndjson`, `.json`) gives one row a line, skipping blank lines; Parquet one a row, where a null column or
-    struct field means "absent"; text (`.txt`, `.md`, `.py`) one `{"text": ...}` a file. All but Parquet may be compressed
+    JSONL (`.jsonl`, `.ndjson`, `.json`) gives one row a line, skipping blank lines; a table (`.csv`, `.tsv`) one a record, named
+    by its first line, all cells strings, an empty one absent; Parquet one a row, where a null column or struct field means
+    "absent"; text (`.txt`, `.md`, `.py`) one `{"text": ...}` a file. All but Parquet may be compressed
     (`.gz`, `.xz`, `.bz2`, `.zst`). The paths are checked at once, contents as they are read. Raises `DataError`.
     """
     return _records(files(paths))
@@ -88,7 +90,7 @@ def _folder(folder: Path) -> list[Path]:
     """The data files below a folder: rows, or text documents. A folder that mixes both has no one meaning."""
     entries = sorted(path for path in folder.rglob("*") if path.is_file())
     visible = [path for path in entries if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    known = [path for path in visible if _suffix(path) in JSON_LINES + PARQUET + TEXT]
+    known = [path for path in visible if _suffix(path) in (*JSON_LINES, *PARQUET, *TABLES, *TEXT)]
     if not known:
         raise DataError(f"{folder}: no data file in this folder (known: {_known()})", value=str(folder))
     text = [path for path in known if _suffix(path) in TEXT]
@@ -113,7 +115,7 @@ def _suffix(path: Path) -> str:
 
 
 def _known() -> str:
-    return f"{', '.join(JSON_LINES + PARQUET + TEXT)}; with {', '.join(COMPRESSED)} where compressed"
+    return f"{', '.join((*JSON_LINES, *PARQUET, *TABLES, *TEXT))}; with {', '.join(COMPRESSED)} where compressed"
 
 
 def _kind(path: Path) -> Callable[[Path], Iterator[Record]]:
@@ -123,6 +125,8 @@ def _kind(path: Path) -> Callable[[Path], Iterator[Record]]:
         return _json_lines
     if suffix in TEXT:
         return _document
+    if suffix in TABLES:
+        return _table
     if suffix in PARQUET:
         if path.suffix.lower() in COMPRESSED:
             raise DataError(f"{path}: Parquet is compressed inside; decompress the file first", value=str(path))
@@ -208,6 +212,30 @@ def _json_lines(path: Path) -> Iterator[Record]:
         if not isinstance(value, dict):
             raise DataError(f"{where}: a row is a JSON object, this is a {type(value).__name__}: {_short(line)}")
         yield Record(value, str(path), number)
+
+
+def _table(path: Path) -> Iterator[Record]:
+    import csv
+
+    lines = (_decode(raw, f"{path}:{number}", first=number == 1) for number, raw in _lines(path, MAX_BYTES))
+    csv.field_size_limit(MAX_BYTES)
+    reader = csv.reader(lines, delimiter=TABLES[_suffix(path)], strict=True)
+    names: list[str] = []
+    try:
+        for cells in reader:
+            if not cells:  # a blank line
+                continue
+            where = f"{path}:{reader.line_num}"
+            if not names:
+                names = cells
+                if len(set(names)) < len(names) or not all(names):
+                    raise DataError(f"{where}: the first line names the columns, each once, and this one does not: {_short(str(cells))}")
+            elif len(cells) != len(names):
+                raise DataError(f"{where}: has {len(cells)} cells, and the first line names {len(names)} columns: {_short(str(cells))}")
+            else:
+                yield Record({name: cell for name, cell in zip(names, cells, strict=True) if cell}, str(path), reader.line_num)
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not a table that can be read: {error}") from None
 
 
 def _document(path: Path) -> Iterator[Record]:

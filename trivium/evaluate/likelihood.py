@@ -49,7 +49,7 @@ def likelihoods(model: nn.Module, requests: Sequence[Request], *, tokens: int = 
             )
     found: dict[int, Likelihood] = {}
     with evaluating(model):
-        for batch in _batches(requests, tokens):
+        for batch in batched([len(request.ids) - 1 for request in requests], tokens):  # the last id is only ever a target
             for index, likelihood in zip(batch, _score(model, [requests[i] for i in batch]), strict=True):
                 found[index] = likelihood
     return [found[index] for index in range(len(requests))]
@@ -67,11 +67,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _batches(requests: Sequence[Request], tokens: int) -> Iterator[list[int]]:
-    """Indices, longest first, so that a batch too large for memory is the first one; the last id is only ever a target."""
+def batched(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Indices of sequences of these `lengths`, longest first, so that a batch too large for memory is the first one."""
     batch: list[int] = []
-    for index in sorted(range(len(requests)), key=lambda i: -len(requests[i].ids)):
-        if batch and (len(batch) + 1) * (len(requests[batch[0]].ids) - 1) > tokens:
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
             yield batch
             batch = []
         batch.append(index)

@@ -29,6 +29,8 @@ from ..core.errors import ConfigError, FileError, TriviumError
 from ..core.spec import Spec, parts, validate
 from ..models.model import BuiltModel, Model, with_kind
 from ..models.transformer import build
+from ..nn.low_bit import PackedLinear
+from ..nn.nf4 import Nf4Linear
 from .files import atomic_directory, read_json, sha256, write_json
 from .hf import families
 from .rules import backward, forward, some
@@ -226,7 +228,7 @@ def fill(
     shapes = {name: (list(tensors[name].shape), list(parameter.shape)) for name, parameter in wanted.items()}
     if odd := [f"{name} {there}, expected {here}" for name, (there, here) in shapes.items() if there != here]:
         raise FileError(f"{len(odd)} tensors have another shape than the config says: {some(odd)}")
-    kinds = Counter(str(tensors[name].dtype).removeprefix("torch.") for name in wanted)
+    kinds = Counter(str(tensors[name].dtype).removeprefix("torch.") for name in wanted if tensors[name].dtype.is_floating_point)
     if dtype is None and len(kinds) > 1:
         raise FileError(f"tensors are stored as {', '.join(sorted(kinds))}: choose one with dtype")
     filled = {}
@@ -363,7 +365,15 @@ def _inward(family: str, spec: Model, tensors: Mapping[str, Lazy]) -> Mapping[st
 
 
 def _outward(model: BuiltModel[Any], family: str) -> Mapping[str, Lazy]:
-    """The model's tensors by the names of `family`."""
+    """The model's tensors by the names of `family`. Refused where weights are not there as such."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            raise TriviumError(f"{name} was packed for inference, and its weights are gone: save the model before pack_weights")
+        if isinstance(module, Nf4Linear) and family != NATIVE:
+            raise TriviumError(
+                f"{name} holds its weights in four bits, for which model_type {family!r} has no place: save the adapter alone, or take "
+                "full weights first (trivium.adapt.nf4.dequantize)"
+            )
     ours = {name: Lazy.of(parameter.detach()) for name, parameter in model.named_parameters()}
     return ours if family == NATIVE else backward(families.get(family).weight_rules(model.spec), ours)
 

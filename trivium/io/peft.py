@@ -15,10 +15,12 @@ from pydantic import Field, SerializeAsAny
 from torch import Tensor
 
 from .. import __version__
-from ..adapt.adapter import Adapter, adapter_tensors, adapters, updates
+from ..adapt.adapter import Adapter, adapter_tensors, adapters, kept, updates
+from ..adapt.passes import Pass
 from ..core.errors import ConfigError, FileError, unknown
 from ..core.spec import Spec, validate
 from ..models.transformer import TransformerModel
+from ..nn.nf4 import Nf4Linear
 from .directory import weights_digest
 from .files import atomic_directory, read_json, write_json
 from .peft_format import CONFIG, PREFIX, WEIGHTS, Format, PeftConfig, say_rounding, take
@@ -28,9 +30,10 @@ from .peft_lora import LoraFormat
 from .peft_virtual import EncoderFormat, PrefixFormat, PromptFormat
 from .tensors import Lazy, read_file, write_file
 
-__all__ = ["CONFIG", "PREFIX", "RECORD", "WEIGHTS", "AdapterRecord", "read", "read_config", "read_record", "write"]
+__all__ = ["CONFIG", "KEPT", "PREFIX", "RECORD", "WEIGHTS", "AdapterRecord", "read", "read_config", "read_kept", "read_record", "write"]
 
 RECORD = "trivium_adapter.json"
+KEPT = "trivium_kept.safetensors"  # what undoing a merge needs to know of the base, by our names of places
 # Keys that say nothing about what the adapter computes, and what keys that we do not read must hold: PEFT's defaults.
 IGNORED = frozenset(
     {"peft_version", "inference_mode", "auto_mapping", "megatron_core", "qalora_group_size", "loftq_config", "runtime_config"}
@@ -94,6 +97,9 @@ class AdapterRecord(Spec):
     version: str
     base: str | None = Field(None, description="digest of the base's weight files")
     extend: str | None = Field(None, description="how the base's context was extended when the adapter was trained, as load takes it")
+    passes: tuple[SerializeAsAny[Pass], ...] = Field((), description="what was done to the base before the adapter was put on it")
+    dtype: str | None = Field(None, description="what the base was in when that was done")
+    template: str | None = Field(None, description="the chat template that the adapter was trained with, where it is not the base's")
 
 
 def read_config(path: Path | str) -> PeftConfig:
@@ -139,12 +145,15 @@ def write(
     base_name: str | None = None,
     revision: str | None = None,
     extend: str | None = None,
+    dtype: torch.dtype | None = None,
+    template: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write adapter `name` of `model` to directory `path`, whole or not at all, as PEFT would.
 
     `base` is the directory of the base model, whose weights are recorded; `base_name` what PEFT should load as the
     base, that directory if nothing is said. `family` is the base's model_type. `extend`: how the base's context was extended.
+    `dtype`: what the tensors are stored in; None keeps the model's. `template`: the chat template, where it is not the base's.
     """
     updates(model, name)  # an unknown name is an error that lists the known
     step = adapters(model)[name]
@@ -160,11 +169,27 @@ def write(
         **own,
     }
     with atomic_directory(Path(path), overwrite=overwrite) as partial:
-        write_file(partial / WEIGHTS, {key: Lazy.of(tensor.detach()) for key, tensor in tensors.items()})
+        write_file(partial / WEIGHTS, {key: Lazy.of(tensor.detach().to(dtype or tensor.dtype)) for key, tensor in tensors.items()})
         write_json(partial / CONFIG, config)
-        if base is not None or extend is not None:
-            record = AdapterRecord(version=__version__, base=None if base is None else weights_digest(base), extend=extend)
+        if known := kept(model, name):
+            write_file(partial / KEPT, {path: Lazy.of(tensor) for path, tensor in known.items()})
+        before = tuple(done for done in model.passes if not isinstance(done, Adapter))
+        if base is not None or extend is not None or template is not None or before:
+            record = AdapterRecord(
+                version=__version__,
+                base=None if base is None else weights_digest(base),
+                extend=extend,
+                template=template,
+                passes=before,  # type: ignore[arg-type]
+                dtype=str(_came_in(model)).removeprefix("torch.") if before else None,
+            )
             write_json(partial / RECORD, {"format": 1, **record.to_dict()})
+
+
+def _came_in(model: TransformerModel) -> torch.dtype:
+    """The dtype of the weights that passes were applied to: rounded to another one first, they would be quantized otherwise."""
+    origins = [module.origin for module in model.modules() if isinstance(module, Nf4Linear)]
+    return next((origin for origin in origins if origin is not None), model.dtype)
 
 
 def read_record(path: Path | str) -> AdapterRecord | None:
@@ -176,6 +201,12 @@ def read_record(path: Path | str) -> AdapterRecord | None:
         return validate(AdapterRecord, read_json(where), where=RECORD)
     except ConfigError as error:
         raise FileError(f"{where}: {error}") from None
+
+
+def read_kept(path: Path | str) -> dict[str, Tensor]:
+    """What the adapter in directory `path` keeps of its base for undoing a merge; empty where it keeps nothing."""
+    where = Path(path) / KEPT
+    return {key: lazy.load() for key, lazy in read_file(where).items()} if where.is_file() else {}
 
 
 def _check_base(path: Path, base: Path | None, *, accept: bool) -> None:

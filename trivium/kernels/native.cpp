@@ -1,4 +1,4 @@
-// Element-wise passes over rows, each in one sweep: RMS norm, silu * up, rotary, causal softmax, cross-entropy.
+// Element-wise passes over rows, each in one sweep: RMS norm, silu * up, rotary, causal softmax, cross-entropy, 4-bit weights.
 //
 // Plain pointers and sizes, no torch headers. Every row (or element) is computed alone and in one order, so that a
 // result depends neither on its batch-mates nor on the number of threads. Arithmetic is float32; what is stored is
@@ -450,6 +450,36 @@ void cross_entropy(const T* logits, const int64_t* labels, T* grad, float* losse
     });
 }
 
+// ---------------------------------------------------------------------------------------------- 4-bit weights
+
+// The values of `table` that the first `count` of W codes name; two codes to a byte, the first in its high half.
+Vec look_up(const uint8_t* codes, const float* table, long count) {
+#if MASKED
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, codes, count >= W ? W / 2 : (count + 1) / 2);
+    __m512i wide = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(int64_t(bytes)));
+    __m512i places = _mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32));  // only their low four bits are read
+    return (Vec)_mm512_permutexvar_ps(places, _mm512_loadu_ps(table));
+#else
+    Vec v = {};
+    for (long i = 0; i < std::min<long>(count, W); i++) v[i] = table[i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4];
+    return v;
+#endif
+}
+
+// out[i] = table[code i] * scales[i / block]; `block` is a multiple of W.
+template <class T>
+void nf4(T* out, const uint8_t* codes, const float* table, const float* scales, long n, long block, int threads) {
+    split((n + block - 1) / block, block, threads, [=](long from, long to) {
+        for (long b = from; b < to; b++) {
+            T* place = out + b * block;
+            const uint8_t* own = codes + b * block / 2;
+            float scale = scales[b];
+            sweep(std::min(block, n - b * block), [=](long i, long m) { store(place + i, m, look_up(own + i / 2, table, m) * scale); });
+        }
+    });
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------------------------------------- what Python calls
@@ -514,5 +544,9 @@ void trivium_causal_softmax_backward(int half, const void* weights, void* grad, 
 void trivium_cross_entropy(int half, const void* logits, const int64_t* labels, void* grad, float* losses, long rows, long vocab,
                            float smoothing, int threads) {
     BY_TYPE(half, cross_entropy<T>(IN(logits), labels, OUT(grad), losses, rows, vocab, smoothing, threads));
+}
+
+void trivium_nf4(int half, void* out, const uint8_t* codes, const float* table, const float* scales, long n, long block, int threads) {
+    BY_TYPE(half, nf4<T>(OUT(out), codes, table, scales, n, block, threads));
 }
 }

@@ -33,6 +33,7 @@ SIGNATURES = {
     "causal_softmax": ([c_int, c_void_p, c_long, c_long, c_float, c_int], c_int),
     "causal_softmax_backward": ([c_int, *[c_void_p] * 2, c_long, c_long, c_float, c_int], None),
     "cross_entropy": ([c_int, *[c_void_p] * 4, c_long, c_long, c_float, c_int], None),
+    "nf4": ([c_int, *[c_void_p] * 4, c_long, c_long, c_int], None),
 }
 
 
@@ -211,3 +212,14 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float, gra
     losses = logits.new_empty(rows, dtype=torch.float32)
     _run("cross_entropy", logits, labels, grad, losses, rows, vocab, label_smoothing)
     return losses
+
+
+def nf4_(out: Tensor, codes: Tensor, table: Tensor, scales: Tensor, *, block: int) -> Tensor:
+    """`out` [n] becomes table[code] * scale: `codes` uint8 [ceil(n / 2)], two to a byte, the first in its high half; `table` [16] and
+    `scales` [ceil(n / block)], float32. `block` is a multiple of 16."""
+    count = out.numel()
+    assert out.is_contiguous() and codes.is_contiguous() and scales.is_contiguous() and block % 16 == 0
+    assert codes.dtype is torch.uint8 and len(codes) == -(-count // 2) and table.shape == (16,)
+    assert scales.dtype is table.dtype is torch.float32 and len(scales) == -(-count // block)
+    _run("nf4", out, codes, table, scales, count, block)
+    return out

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
+import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +57,64 @@ def rows() -> list[Row]:
         return [Row(r["id"], r["tier"], r["table"], r["name"], r["measured"] == "yes", r["gpu"] == "yes") for r in found]
 
 
-def table(query: str | None = None) -> list[dict[str, str | None]]:
-    """Rows as `id, name, tier, status, part, test`; `query` is an id, the start of one, or words of the name."""
+def table(query: str | None = None) -> list[dict[str, str | int | None]]:
+    """Rows as `id, name, tier, status, part, test, lines`, the last of the part; `query` is an id, the start of one, or words of the
+    name."""
     status = json.loads(STATUS.read_text(encoding="utf-8"))
     nothing = {"status": NOT_YET, "part": None, "test": None}
     asked = (query or "").lower()
     found = [r for r in rows() if r.id.lower().startswith(asked) or asked in r.name.lower()]
     if not found:
         raise ConfigError(unknown("concept", asked, [r.id for r in rows()]), field="query", value=query)
-    return [{"id": r.id, "name": r.name, "tier": r.tier, **status.get(r.id, nothing)} for r in found]
+    shown = [{"id": r.id, "name": r.name, "tier": r.tier, **status.get(r.id, nothing)} for r in found]
+    return [{**row, "lines": None if row["part"] is None else lines(row["part"])} for row in shown]
+
+
+LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+
+
+@cache
+def lines(part: str, name: str | None = None) -> int:
+    """Lines of code in a file of the package, or in its class `name`: those that are not blank, nor comments or docstrings alone."""
+    source = (PACKAGE / part).read_text(encoding="utf-8")
+    if not part.endswith(".py"):
+        return sum(bool(line.strip()) and not line.lstrip().startswith("//") for line in source.splitlines())
+    found: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in LAYOUT:
+            found |= set(range(token.start[0], token.end[0] + 1))
+    module = ast.parse(source)
+    for node in ast.walk(module):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None
+        if documented:
+            text = node.body[0]
+            found -= set(range(text.lineno, (text.end_lineno or text.lineno) + 1))
+    for node in module.body if name is not None else ():
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            found &= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(found)
+
+
+def exempt() -> list[dict[str, str]]:
+    """What registered parts do not keep of what every part is held to: `part`, its `kind`, the `contract`, and the `reason`, which
+    names the setting. All other parts, and other forms of these, keep all of it."""
+    from ..core.spec import Part
+    from ..recipes import prefer, pretrain  # which know every root
+
+    assert prefer and pretrain
+    found = []
+    for root in (root for root in below(Part) if "registry" in vars(root)):
+        for kind, member in root.registry.items():
+            part = member.exempted()
+            for contract, reason in {} if part is None else part.exempt.items():
+                found.append({"part": root.registry.what, "kind": kind, "contract": contract, "reason": reason})
+    return found
+
+
+def below(cls: type[Any]) -> Iterator[type[Any]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from below(child)
 
 
 def collect(root: Path) -> dict[str, dict[str, str]]:

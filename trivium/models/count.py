@@ -13,13 +13,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..nn.adapted import AdaptedLinear, LowRank
+from ..nn.adapted import AdaptedLinear, LinearUpdate
+from ..nn.adapted_inputs import SoftPrefix, Through, VirtualTokens
 from ..nn.attention import MixerModule
 from ..nn.heads import LanguageHead
 from ..nn.inputs import Inputs
 from ..nn.keepers import Slots
 from ..nn.linear import Linear, Projections
 from ..nn.moe import Experts, MoELayer
+from ..nn.nf4 import Nf4Linear
 from ..nn.products import Multiplies, Product
 from ..nn.sparse import Aside
 from ..nn.step import Step
@@ -40,11 +42,20 @@ class Parameters:
 
 def parameters(model: nn.Module) -> Parameters:
     """Exact, whatever device the model is on."""
-    found = list(model.parameters())
-    total = sum(p.numel() for p in found)
-    experts = [(sum(p.numel() for p in module.parameters()), module) for module in model.modules() if isinstance(module, Experts)]
+    total = _numbers(model)
+    experts = [(_numbers(module), module) for module in model.modules() if isinstance(module, Experts)]
     idle = sum(size - size * module.top_k // len(module) for size, module in experts)
-    return Parameters(total, sum(p.numel() for p in found if p.requires_grad), total - idle)
+    return Parameters(total, sum(p.numel() for p in model.parameters() if p.requires_grad), total - idle)
+
+
+def _numbers(model: nn.Module) -> int:
+    """How many there are in a model, whatever the bits that hold them."""
+    sizes = {id(p): p.numel() for p in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, Nf4Linear):
+            sizes |= {id(p): 0 for p in (module.scales, module.outer, module.like) if p is not None}
+            sizes[id(module.codes)] = module.inputs * module.outputs
+    return sum(sizes.values())
 
 
 @dataclass(frozen=True)
@@ -95,11 +106,13 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 def _count(model: TransformerModel, step: Step, *, tokens: int, kept: int, recalled: bool = False) -> Flops:
     walk = _Walk(step, recalled=recalled)
-    flowing = walk.visit(model.embed, tokens, flowing=False) or model.virtual is not None
+    flowing = walk.visit(model.embed, tokens, flowing=False)
+    if model.virtual is not None and not recalled:
+        flowing = walk.made(model.virtual) or flowing
     halves: list[dict[str, list[Product]]] = []
     for layer in model.layers:
         halves.append({"mixer": [], "ffn": []})
-        for name, child in layer.named_children():
+        for name, child in _as_run(layer):
             before = len(walk.products)
             flowing = walk.visit(child, tokens, flowing=flowing)
             halves[-1]["ffn" if name.startswith("ffn") else "mixer"] += walk.products[before:]
@@ -113,6 +126,13 @@ def _count(model: TransformerModel, step: Step, *, tokens: int, kept: int, recal
         walk.products.append(Product(2 * kept * model.head.readings * table.numel(), flowing, table.requires_grad))
     forward, backward = sum(p.flops for p in walk.products), sum(p.backward for p in walk.products)
     return Flops(forward, backward, 0 if model.recompute is None else _again(halves, model.recompute))
+
+
+def _as_run(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """A layer's children in the order in which they run: adapters of a sublayer, which came later, right behind it."""
+    found = dict(layer.named_children())
+    order = [name for own in found for name in (own, f"{own}_adapters") if name in found]
+    return [(name, found[name]) for name in dict.fromkeys(order)]
 
 
 def _again(halves: list[dict[str, list[Product]]], recompute: Recompute) -> int:
@@ -137,21 +157,38 @@ class _Walk:
     def __init__(self, step: Step, *, recalled: bool):
         self.step, self.recalled = step, recalled  # whether the cache holds what was made of the memory
         self.products: list[Product] = []
+        self.keyed = False  # whether an adapter writes keys and values of its own
+
+    def made(self, virtual: VirtualTokens) -> bool:
+        """What makes virtual tokens, once a forward. Returns whether they bring gradients into the stream itself."""
+        for soft in virtual.softs.values():
+            if soft.through is not None:
+                assert isinstance(soft.through, Through)
+                for linear in soft.through.maps:
+                    self.visit(linear, soft.length, flowing=True)
+        self.keyed = any(isinstance(soft, SoftPrefix) for soft in virtual.softs.values())
+        return any(not isinstance(soft, SoftPrefix) for soft in virtual.softs.values())
+
+    def adapted(self, host: AdaptedLinear, tokens: int, *, flowing: bool) -> bool:
+        """A linear map and its updates, of which each is run on every token, as one that is alone."""
+        updates = [update for update in host.updates.values() if isinstance(update, LinearUpdate)]
+        if not updates or not all(update.replaces for update in updates):
+            self.visit(host.base, tokens, flowing=flowing or any(update.inward for update in updates))
+        for update in updates:
+            self.products += update.multiplied(tokens, flowing=flowing)
+        return flowing or any(parameter.requires_grad for parameter in host.parameters())
 
     def visit(self, module: nn.Module, tokens: int, *, flowing: bool) -> bool:
         """`flowing`: whether the input has a gradient. Returns whether the output has one."""
         if isinstance(module, Linear):
             self.products.append(Product(2 * tokens * module.weight.numel(), flowing, module.weight.requires_grad))
-        elif isinstance(module, LowRank):
-            for A, B in module.blocks():
-                self.products.append(Product(2 * tokens * A.numel(), flowing, A.requires_grad))
-                self.products.append(Product(2 * tokens * B.numel(), flowing or A.requires_grad, B.requires_grad))
-            return flowing or module.A.requires_grad or module.B.requires_grad
+        elif isinstance(module, AdaptedLinear):
+            return self.adapted(module, tokens, flowing=flowing)
         elif isinstance(module, Multiplies):
             self.products += module.multiplied(tokens, flowing=flowing)
         elif isinstance(module, Experts):
             return self._chosen(module, tokens, flowing=flowing)
-        elif isinstance(module, Projections | AdaptedLinear | nn.ModuleDict | MoELayer):
+        elif isinstance(module, Projections | nn.ModuleDict | MoELayer):
             outs = [self.visit(child, tokens, flowing=flowing) for child in module.children()]  # every one, so no generator
             return any(outs)
         flowing = flowing or any(parameter.requires_grad for parameter in module.parameters(recurse=False))
@@ -171,6 +208,8 @@ class _Walk:
                     self.visit(child, memory.shape[:2].numel(), flowing=memory.requires_grad)
                     continue
                 flows |= {name: self.visit(inner, tokens, flowing=flowing) for name, inner in child.named_children()}
+                if self.keyed:
+                    flows |= {name: True for name in ("k", "v") if name in flows}
                 own = module.products(self.step, flows) if [role] == last else []
                 self.products += own
                 flowing = any(product.backward for product in own) or any(flows.values())

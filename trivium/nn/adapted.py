@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import TriviumError
-from .linear import Linear
+from .linear import Linear, Source
+from .products import Multiplies, Product
 from .step import Step
 
 Start = Literal["kaiming", "gaussian", "pissa", "olora"]
@@ -73,10 +74,17 @@ class Adapted(nn.Module):
         return [(name, numbers) for name, numbers in rows if name in self.updates]
 
 
-class LinearUpdate(Update):
-    """An update of a linear map. `merges`: whether some weights of the map compute the same."""
+class LinearUpdate(Multiplies, Update):
+    """An update of a linear map. `merges`: whether some weights of the map compute the same; `replaces`: whether the map itself
+    is not run; `inward`: whether what the map reads is changed, and so has a gradient."""
 
     merges = True
+    replaces = False
+    inward = False
+
+    def multiplied(self, tokens: int, *, flowing: bool) -> list[Product]:
+        """Its products beside the map's own, in their order."""
+        return []
 
     def forward(self, x: Tensor, host: AdaptedLinear, step: Step) -> Tensor:
         """[..., in] -> [..., out]: what the map gives with this update."""
@@ -86,7 +94,11 @@ class LinearUpdate(Update):
         """The float32 weight and bias of the one map that computes the same."""
         raise AssertionError
 
-    def unmerged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def kept(self, weight: Tensor) -> Tensor | None:
+        """What undoing a merge needs to know of the base's weight beside this update's parameters; None: nothing."""
+        return None
+
+    def unmerged(self, weight: Tensor, bias: Tensor | None, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The float32 weight and bias that `merged` would make these of; `TriviumError` where that cannot be told."""
         raise TriviumError(f"an update of kind {type(self).__name__} cannot be taken out of the weights that it was merged into")
 
@@ -131,15 +143,22 @@ class LowRank(LinearUpdate):
 
     def forward(self, x: Tensor, host: AdaptedLinear, step: Step) -> Tensor:
         dropped, base = self.dropped(x), host.base
-        if dropped is x and isinstance(base, Linear) and not base.weight.requires_grad and len(self.blocks()) == 1:
-            return adapted_linear(x, base.weight, base.bias, self.A, self.B, self.scale)
+        if dropped is x and isinstance(base, Linear) and base.frozen and len(self.blocks()) == 1:
+            return adapted_linear(x, base.source, base.bias, self.A, self.B, self.scale)
         return base(x, step) + self.beside(dropped)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight.float() + self.delta(), bias
 
-    def unmerged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def unmerged(self, weight: Tensor, bias: Tensor | None, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         return weight.float() - self.delta(), bias
+
+    def multiplied(self, tokens: int, *, flowing: bool) -> list[Product]:
+        found = []
+        for A, B in self.blocks():
+            found.append(Product(2 * tokens * A.numel(), flowing, A.requires_grad))
+            found.append(Product(2 * tokens * B.numel(), flowing or A.requires_grad, B.requires_grad))
+        return found
 
 
 class Sharing(LowRank):
@@ -224,8 +243,9 @@ class AdaptedLinear(Adapted):
         return y
 
 
-def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """x W^T + bias + scale * (x A^T) B^T for a frozen W and bias. x [..., in], W [out, in], A [R, in], B [out, R]."""
+def adapted_linear(x: Tensor, weight: Source, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """x W^T + bias + scale * (x A^T) B^T for a frozen W and bias. x [..., in], W [out, in], A [R, in], B [out, R]. A W that is
+    made for the product is made again in the backward, and not held between."""
     return _AdaptedLinear.apply(x, weight, bias, A, B, scale)
 
 
@@ -233,19 +253,22 @@ class _AdaptedLinear(torch.autograd.Function):
     """The sums are made inside the products, so that no pass over the activations is spent on adding."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Source, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         inner = flat @ A.t()
-        y = F.linear(flat, weight, bias).addmm_(inner, B.t(), alpha=scale)
-        ctx.save_for_backward(flat, inner, weight, A, B)
-        ctx.scale, ctx.shape = scale, x.shape
+        dense = weight if isinstance(weight, Tensor) else weight(x.dtype)
+        y = F.linear(flat, dense, bias).addmm_(inner, B.t(), alpha=scale)
+        ctx.save_for_backward(flat, inner, A, B, *([weight] if isinstance(weight, Tensor) else []))
+        ctx.scale, ctx.shape, ctx.weight = scale, x.shape, None if isinstance(weight, Tensor) else weight
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
-        flat, inner, weight, A, B = ctx.saved_tensors
+        flat, inner, A, B, *held = ctx.saved_tensors
         need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad
         out = grad.reshape(-1, grad.shape[-1])
         down = (out @ B).mul_(ctx.scale)
-        grad_x = (out @ weight).addmm_(down, A).view(ctx.shape) if need_x else None
+        grad_x = None
+        if need_x:
+            grad_x = (out @ (held[0] if held else ctx.weight(out.dtype))).addmm_(down, A).view(ctx.shape)
         return grad_x, None, None, down.t() @ flat if need_A else None, (out.t() @ inner).mul_(ctx.scale) if need_B else None, None

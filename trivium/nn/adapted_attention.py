@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .adapted import Adapted, AdaptedLinear, Update
 from .linear import Linear
+from .products import Product
 from .step import Step
 
 
@@ -55,9 +56,25 @@ class AttentionPrompts(Adapted):
             mixed = mixed.index_add(0, rows, update(q[rows], keys, values, scale))
         return mixed
 
+    def products(self, step: Step, maps: nn.Module, *, wide: int, q: bool) -> list[Product]:
+        """The products of `forward`, each adapter's as if it were alone. `wide`: of all heads' queries; `q`: whether they have a
+        gradient."""
+        found = []
+        weights = [_base(maps.get_submodule(name)).weight for name in ("k", "v")]
+        for update in self.adapters.values():
+            assert isinstance(update, GatedPrompt)
+            length = len(update.prompt)
+            found += [Product(2 * length * weight.numel(), True, weight.requires_grad) for weight in weights]
+            found += [Product(2 * step.inputs.shape.numel() * length * wide, left, True) for left in (q, True)]
+        return found
+
 
 def _plain(x: Tensor, linear: nn.Module) -> Tensor:
     """A map's own product, without other adapters' updates: they are chosen by row, and this has none."""
+    return _base(linear).times(x)
+
+
+def _base(linear: nn.Module) -> Linear:
     base = linear.base if isinstance(linear, AdaptedLinear) else linear
     assert isinstance(base, Linear)
-    return F.linear(x, base.weight, base.bias)
+    return base

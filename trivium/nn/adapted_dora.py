@@ -7,10 +7,11 @@ paper has it (4.3) and PEFT does.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.errors import TriviumError
 from .adapted import Adapted, AdaptedLinear, LinearUpdate, LowRank
+from .products import Product
 from .step import Step
 
 
@@ -38,12 +39,35 @@ class Dora(LinearUpdate):
     def forward(self, x: Tensor, host: AdaptedLinear, step: Step) -> Tensor:
         base, dropped = host.base, self.low.dropped(x)
         y, ratio = base(x, step), self.ratio(base.weight)
-        plain = F.linear(dropped, base.weight) if dropped is not x else y if base.bias is None else y - base.bias
+        again = y if dropped is x else base(dropped, step)
+        plain = again if base.bias is None else again - base.bias
         return y + (ratio - 1) * plain + ratio * self.low.beside(dropped)
+
+    def multiplied(self, tokens: int, *, flowing: bool) -> list[Product]:
+        """The norms take the update as a full matrix, without gradients; under dropout the base is multiplied a second time."""
+        outputs, inputs = len(self.magnitude), self.low.A.shape[1]
+        found = [Product(2 * A.numel() * outputs, False, False) for A, _ in self.low.blocks()]
+        if self.low.dropout and self.training:
+            found.append(Product(2 * tokens * outputs * inputs, flowing, False))
+        return found + self.low.multiplied(tokens, flowing=flowing)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         summed = weight.float() + self.low.delta()
         return summed * (self.magnitude.float() / norms(summed))[:, None], bias
+
+    def kept(self, weight: Tensor) -> Tensor:
+        """The norms that merging divides by, [out], float32: all of the base that the merged weight has lost."""
+        return norms(weight.float() + self.low.delta())
+
+    def unmerged(self, weight: Tensor, bias: Tensor | None, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        if kept is None:
+            raise TriviumError(
+                "DoRA cannot be taken out of merged weights without the norms that merging divided by, which were not kept: "
+                "keep the base, or an adapter that was saved here"
+            )
+        if not bool((self.magnitude != 0).all()):
+            raise TriviumError("DoRA cannot be taken out where a magnitude is 0: nothing is left of that row of the base")
+        return weight.float() * (kept.to(weight.device) / self.magnitude.float())[:, None] - self.low.delta(), bias
 
 
 def norms(weight: Tensor) -> Tensor:

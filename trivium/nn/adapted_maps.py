@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.errors import TriviumError
 from .adapted import Adapted, AdaptedLinear, LinearUpdate
-from .products import Multiplies, Product
+from .products import Product
 from .step import Step
 
 
@@ -24,6 +25,7 @@ class Scale(LinearUpdate):
     def __init__(self, host: AdaptedLinear, *, side: Literal["in", "out"]):
         super().__init__()
         self.side: Literal["in", "out"] = side
+        self.inward = side == "in"
         self.factor = nn.Parameter(host.weight.new_empty(host.weight.shape[0 if side == "out" else 1]))
 
     def reset(self, generator: torch.Generator, host: Adapted, model: nn.Module) -> None:
@@ -38,15 +40,19 @@ class Scale(LinearUpdate):
             return weight.float() * factor, bias
         return weight.float() * factor[:, None], None if bias is None else bias.float() * factor
 
-    def unmerged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def unmerged(self, weight: Tensor, bias: Tensor | None, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         factor = self.factor.float()
+        if not bool((factor != 0).all()):
+            raise TriviumError("a scale of 0 cannot be taken out: nothing is left of that channel of the base")
         if self.side == "in":
             return weight.float() / factor, bias
         return weight.float() / factor[:, None], None if bias is None else bias.float() / factor
 
 
-class Whole(Multiplies, LinearUpdate):
+class Whole(LinearUpdate):
     """A map of the adapter's own in the base's place, which starts as a copy of it."""
+
+    replaces = True
 
     def __init__(self, host: AdaptedLinear):
         super().__init__()
@@ -69,8 +75,11 @@ class Whole(Multiplies, LinearUpdate):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.weight.float(), self.bias
 
+    def unmerged(self, weight: Tensor, bias: Tensor | None, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        raise TriviumError("a map that was trained whole cannot be taken out: merging put it in the base's place; keep the base")
 
-class Square(Multiplies, LinearUpdate):
+
+class Square(LinearUpdate):
     """y = base(x) + out(M in(x)), M [S, S]: the input is cut into stretches of S channels, stretch i turned by the angles
     i / 10000^(2j / S) as rotary positions turn position i, each multiplied by M, and laid out in a row again, which is repeated
     (or cut) to the output's width (the paper's f_compress and f_decompress of type 6)."""
@@ -111,7 +120,7 @@ class Square(Multiplies, LinearUpdate):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight.float() + self.delta(weight.shape[1]), bias
 
-    def unmerged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def unmerged(self, weight: Tensor, bias: Tensor | None, kept: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         return weight.float() - self.delta(weight.shape[1]), bias
 
 

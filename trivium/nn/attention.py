@@ -166,11 +166,12 @@ class AttentionMixer(MixerModule):
         doubled = 1 if self.spec.pattern.places is None else 2
         scores = Product(doubled * flops, left=flows["q"], right=flows.get("k", True))
         mixed = Product(flops, left=scores.left or scores.right, right=flows.get("v", True))
-        if (position := self.spec.position) is None or not position.naive:
-            return [scores, mixed]
         wide, view = self.spec.heads * self.spec.head_dim, step.view(self.spec.pattern.reach)
+        learned = [] if self.prompts is None else self.prompts.products(step, self.inp, wide=wide, q=flows["q"])
+        if (position := self.spec.position) is None or not position.naive:
+            return [scores, mixed, *learned]
         own = position.products(step, view, wide=wide, table=self.table, q=flows["q"], weights=mixed.left)
-        return [scores, Product(flops, left=own[-1].left, right=mixed.right), *own]
+        return [scores, Product(flops, left=own[-1].left, right=mixed.right), *own, *learned]
 
     def forward(self, x: Tensor, step: Step, handle: Handle) -> Tensor:
         spec = self.spec

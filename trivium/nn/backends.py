@@ -290,26 +290,29 @@ def _attend_rows(
 
 def gather_documents(x: Tensor, documents: Documents) -> Tensor:
     """[B*T, ...] -> [sum n*L, ...]: the tokens in the order of the documents' groups."""
-    return _Regroup.apply(x, documents.slots, documents.places, documents.padding)
+    return _Regroup.apply(x, documents.slots, documents.places, documents.padding, documents.again)
 
 
 def scatter_documents(x: Tensor, documents: Documents) -> Tensor:
     """What `gather_documents` did, undone; padding gets what stands first."""
-    return _Regroup.apply(x, documents.places, documents.slots, documents.spare)
+    return _Regroup.apply(x, documents.places, documents.slots, documents.spare, None)
 
 
 class _Regroup(torch.autograd.Function):
     """`x[there]`, where `back` undoes it: each row of `x` that counts stands in one place that counts, so the gradient
-    is a gather too. `back_void` lists the rows of `x` that stand for nothing; their gradients are zero."""
+    is a gather too. `back_void` lists the rows of `x` that stand for nothing; their gradients are zero. `again`: places where a
+    row of `x` stands once more, whose gradients are added."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, there: Tensor, back: Tensor, back_void: Tensor | None) -> Tensor:
-        ctx.back, ctx.back_void = back, back_void
+    def forward(ctx, x: Tensor, there: Tensor, back: Tensor, back_void: Tensor | None, again: Tensor | None) -> Tensor:
+        ctx.there, ctx.back, ctx.back_void, ctx.again = there, back, back_void, again
         return x.index_select(0, there)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         out = grad.index_select(0, ctx.back)
         if ctx.back_void is not None:
             out.index_fill_(0, ctx.back_void, 0.0)
-        return out, None, None, None
+        if ctx.again is not None:
+            out.index_add_(0, ctx.there[ctx.again], grad[ctx.again])
+        return out, None, None, None, None

@@ -57,7 +57,7 @@ class Compressor(nn.Module):
         kv, gate = self.inp(x, step)
         place = (step.positions % self.rate).expand(x.shape[:2])
         scan = partial(self._scan, aligned=step.inputs.positions is None)
-        return recur(scan, (kv, gate + self.places.weight[place], place), self.names, step, handle)
+        return recur(scan, (kv, gate + self.places.weight[place], place), self.names, step, handle, mixer=None)
 
     def _scan(self, inputs: tuple[Tensor, ...], states: States | None, *, aligned: bool) -> tuple[Tensor, States]:
         """`aligned`: a document begins at the first place of a stretch."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .attention import Mixer, MixerModule
 from .keepers import Fixed, PerToken, State
 from .linear import Linear, Projections
-from .linear_attention import each_document, extents, refuse_cache, refuse_prefix, wide
+from .linear_attention import each_document, extents, refuse_cache, wide
 from .positions import Rope
 from .products import Product
 from .recurrent import States, recur
@@ -151,9 +151,8 @@ class MixedUnit(Unit):
 
     def attend(self, copies: tuple[Tensor, ...], v: Tensor, step: Step, handle: Handle) -> Tensor:
         spec, inputs = self.spec, tuple(wide(y) for y in (*copies, v))
-        refuse_prefix(step, spec.kind)
         if step.causal:
-            return recur(partial(_scan, span=spec.span), inputs, tuple(self.state()), step, handle)
+            return recur(partial(_scan, span=spec.span), inputs, tuple(self.state()), step, handle, mixer=spec.kind)
         refuse_cache(step, spec.kind)
         return each_document(partial(_both_ways, span=spec.span), inputs, step)
 

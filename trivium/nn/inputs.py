@@ -35,7 +35,8 @@ class Inputs:
     the memory. `types` [B, T]: which sentence of a pair a token belongs to (BERT); None: all the first. `images` [N, channels,
     H, W]: all that a vision encoder reads, or what stands beside the tokens, row after row in the order of their places; with a
     cache they are given once. `adapters` [B]: which of the loaded adapters a row uses, -1 for the base alone; None: the one
-    adapter there is.
+    adapter there is. `forks` [B, T]: how many of the first tokens of the row's document numbered one less are also the beginning
+    of this token's document, where they are not repeated and from where its positions count on; 0: none.
     """
 
     tokens: Tensor | None = None
@@ -50,6 +51,7 @@ class Inputs:
     images: Tensor | None = None
     cache: Store | None = None
     adapters: Tensor | None = None
+    forks: Tensor | None = None
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.embeds is None) and (self.tokens is not None or self.images is None):
@@ -60,13 +62,17 @@ class Inputs:
             raise ValueError(f"tokens must be [B, T] int64, got {list(self.tokens.shape)} {self.tokens.dtype}")
         if self.embeds is not None and self.embeds.dim() != 3:
             raise ValueError(f"embeds must be [B, T, C], got {list(self.embeds.shape)}")
-        for name in ("positions", "segments", "types"):
+        for name in ("positions", "segments", "types", "forks"):
             value = getattr(self, name)
             if value is not None and value.shape != self.shape:
                 raise ValueError(f"{name} must be {list(self.shape)} like the tokens, got {list(value.shape)}")
         for name, value in (("adapters", self.adapters), ("mask", self.mask.lengths if isinstance(self.mask, Prefix) else None)):
             if value is not None and value.shape != self.shape[:1]:
                 raise ValueError(f"{name} must be [{self.shape[0]}], one a row, got {list(value.shape)}")
+        if self.forks is not None and (
+            self.segments is None or self.positions is not None or self.mask is not None or self.cache is not None
+        ):
+            raise ValueError("forks go with segments, and not with positions, a mask or a cache")
         if self.memory is not None and (self.memory.dim() != 3 or len(self.memory) != self.shape[0]):
             raise ValueError(f"memory must be [{self.shape[0]}, M, C], got {list(self.memory.shape)}")
         if self.memory_segments is not None and (self.memory is None or self.memory_segments.shape != self.memory.shape[:2]):

@@ -6,11 +6,16 @@ sharding stay trivial; fusing them is a pass over this container.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .step import Step
+
+# A weight, or what makes it anew in a dtype: that of a map which holds it in another form.
+Source = Tensor | Callable[[torch.dtype], Tensor]
 
 
 class OwnStart(nn.Module):
@@ -30,7 +35,27 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
+        return self.times(x)
+
+    def times(self, x: Tensor) -> Tensor:
+        """The product itself, which needs to know nothing of the step."""
         return F.linear(x, self.weight, self.bias)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the weight has no gradient."""
+        return not self.weight.requires_grad
+
+    @property
+    def source(self) -> Source:
+        return self.weight
+
+    @torch.no_grad()
+    def put(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Take these values, rounded to what the map holds."""
+        self.weight.copy_(weight)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}{'' if self.bias is None else ', bias'}"

@@ -21,7 +21,6 @@ from ..core.seed import generator
 from ..core.spec import Part
 from .attention import Mixer, MixerModule
 from .backends import gather_documents, scatter_documents
-from .inputs import Prefix
 from .keepers import Fixed, State
 from .linear import Linear, Projections
 from .products import Product
@@ -177,13 +176,12 @@ class LinearAttentionMixer(MixerModule):
 
     def forward(self, x: Tensor, step: Step, handle: Handle) -> Tensor:
         spec = self.spec
-        refuse_prefix(step, spec.kind)
         q, k, v = (wide(y.unflatten(-1, (spec.heads, -1))) for y in self.inp(x, step))  # [B, T, H, D]
         q, k = (spec.features.features(y, step) for y in (q, k))
         if spec.normalize:
             v = F.pad(v, (0, 1), value=1.0)
         if step.causal:
-            y = recur(_scan, (q, k, v), ("kv",), step, handle)
+            y = recur(_scan, (q, k, v), ("kv",), step, handle, mixer=spec.kind)
         else:
             refuse_cache(step, spec.kind)
             y = each_document(_together, (q, k, v), step)
@@ -299,12 +297,6 @@ def each_document(run: Callable[[tuple[Tensor, ...], Tensor | None], Tensor], in
         outputs.append(run(part, real).flatten(0, 1))
         base += rows * length
     return scatter_documents(torch.cat(outputs), documents).unflatten(0, tuple(step.inputs.shape))
-
-
-def refuse_prefix(step: Step, kind: str) -> None:
-    """A state holds what came before and no more, so no prefix of tokens can see one another."""
-    if isinstance(step.inputs.mask, Prefix):
-        raise ConfigError(f"a {kind!r} mixer reads left to right and cannot let a prefix see itself: use attention", field="mask")
 
 
 def refuse_cache(step: Step, kind: str) -> None:

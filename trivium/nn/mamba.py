@@ -20,7 +20,7 @@ from .attention import Mixer, MixerModule
 from .chunks import spread_dt
 from .keepers import Fixed, State
 from .linear import Linear, OwnStart, Projections
-from .linear_attention import extents, refuse_prefix
+from .linear_attention import extents
 from .matmul_free import linear_scan
 from .products import Product
 from .recurrent import States, recur
@@ -67,12 +67,12 @@ class MambaMixer(MixerModule):
         return {**self.conv.state(), "memory": Fixed((self.spec.inner, self.spec.states), torch.float32)}
 
     def forward(self, x: Tensor, step: Step, handle: Handle) -> Tensor:
-        refuse_prefix(step, self.spec.kind)
         given, gate = self.inp(x, step)
         given = self.conv(given, step, handle)
         low, b, c = self.select(given, step)
         dt = F.softplus(self.steps(low, step).float() + self.channels.dt_bias.float())
-        y = recur(self._scan, (given, dt, b, c), ("memory",), step, handle) + self.channels.D.float() * given.float()
+        y = recur(self._scan, (given, dt, b, c), ("memory",), step, handle, mixer=self.spec.kind)
+        y = y + self.channels.D.float() * given.float()
         return self.out((y * F.silu(gate.float())).to(x.dtype), step)
 
     def _scan(self, inputs: tuple[Tensor, ...], states: States | None) -> tuple[Tensor, States]:

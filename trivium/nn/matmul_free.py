@@ -18,7 +18,7 @@ from torch import Tensor
 from .attention import Mixer, MixerModule
 from .keepers import Fixed, State
 from .linear import Linear, Projections
-from .linear_attention import refuse_prefix, wide
+from .linear_attention import wide
 from .products import Product
 from .recurrent import States, recur
 from .step import Step
@@ -55,10 +55,9 @@ class MLGRUMixer(MixerModule):
         return []
 
     def forward(self, x: Tensor, step: Step, handle: Handle) -> Tensor:
-        refuse_prefix(step, self.spec.kind)
         f, c, g = self.inp(x, step)
         keep = torch.sigmoid(wide(f))
-        h = recur(_scan, (keep, (1 - keep) * F.silu(wide(c))), ("h",), step, handle)
+        h = recur(_scan, (keep, (1 - keep) * F.silu(wide(c))), ("h",), step, handle, mixer=self.spec.kind)
         return self.out(torch.sigmoid(g) * h.to(g.dtype), step)
 
 

@@ -20,7 +20,7 @@ from .attention import Mixer, MixerModule
 from .backends import backends
 from .keepers import Fixed, State
 from .linear import Linear, OwnStart, Projections
-from .linear_attention import extents, refuse_prefix
+from .linear_attention import extents
 from .positions import Rope
 from .products import Product
 from .rebased import at
@@ -79,8 +79,7 @@ class SegmentMixer(MixerModule):
         return {"seen": Fixed((), torch.int64), "own_k": own, "own_v": own, **self.memory()}
 
     def forward(self, x: Tensor, step: Step, handle: Handle) -> Tensor:
-        refuse_prefix(step, self.spec.kind)
-        y = recur(partial(self._scan, step=step), self.heads(x, step), list(self.state()), step, handle)
+        y = recur(partial(self._scan, step=step), self.heads(x, step), list(self.state()), step, handle, mixer=self.spec.kind)
         return self.out(y.flatten(2), step)
 
     def heads(self, x: Tensor, step: Step) -> list[Tensor]:

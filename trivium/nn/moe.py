@@ -70,6 +70,10 @@ class MoE(FFN):
                 )
         return self
 
+    @classmethod
+    def exempted(cls) -> MoE:
+        return cls.tiny().replace(capacity=0.8)
+
     @property
     def exempt(self) -> Mapping[str, str]:
         if self.capacity is None:

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import ConfigError
 from .backends import gather_documents, scatter_documents
+from .inputs import Prefix
 from .step import Step
 from .store import Handle
 
@@ -24,9 +26,16 @@ Scan = Callable[[tuple[Tensor, ...], States | None], tuple[Tensor, States]]
 """scan(inputs each [N, L, ...], states each [N, ...] or None for the start) -> outputs [N, L, ...], states after the last."""
 
 
-def recur(scan: Scan, inputs: Sequence[Tensor], names: Sequence[str], step: Step, handle: Handle) -> Tensor:
+def recur(scan: Scan, inputs: Sequence[Tensor], names: Sequence[str], step: Step, handle: Handle, *, mixer: str | None) -> Tensor:
     """Outputs [B, T, ...] of a recurrence over `inputs` [B, T, ...], each document from its own start; padding gets what is
-    finite and never read. `names`: the mixer's `Fixed` entries, in the order of the states."""
+    finite and never read. `names`: the mixer's `Fixed` entries, in the order of the states.
+
+    A state holds what came before and no more: a mask by which tokens see later ones raises a `ConfigError` that names the kind
+    `mixer`. None is for a part whose mixer refuses such masks, or heeds them elsewhere.
+    """
+    if mixer is not None and step.inputs.mask is not None:
+        who = "a prefix" if isinstance(step.inputs.mask, Prefix) else "a whole document"
+        raise ConfigError(f"a {mixer!r} mixer reads left to right and cannot let {who} see itself: use attention", field="mask")
     inputs = tuple(inputs)
     if not handle.wanted:
         return scan(inputs, None)[0] if step.segments is None else _documents(scan, inputs, step)

@@ -95,6 +95,10 @@ class DynamicScaling(RopeScaling):
     def tiny(cls) -> DynamicScaling:
         return cls(factor=2.0, original_max_position_embeddings=8)
 
+    @classmethod
+    def exempted(cls) -> DynamicScaling:
+        return cls.tiny()
+
     def frequencies(self, base: float, dim: int, length: Tensor) -> Tensor:
         original = self.original_max_position_embeddings
         ntk_base(base, 1.0, dim)
@@ -199,6 +203,10 @@ class LongScaling(RopeScaling):
     @classmethod
     def tiny(cls) -> LongScaling:
         return cls(short_factor=(1.0, 1.1, 1.3, 1.7), long_factor=(1.0, 1.5, 2.5, 4.0), factor=4.0, original_max_position_embeddings=8)
+
+    @classmethod
+    def exempted(cls) -> LongScaling:
+        return cls.tiny()
 
     @property
     def magnitude(self) -> float:

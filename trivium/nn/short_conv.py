@@ -34,7 +34,7 @@ class ShortConv(OwnStart):
         return {"conv": Fixed((self.kernel - 1, len(self.weight)))}
 
     def forward(self, x: Tensor, step: Step, handle: Handle) -> Tensor:
-        return F.silu(recur(self._scan, (x,), ("conv",), step, handle))
+        return F.silu(recur(self._scan, (x,), ("conv",), step, handle, mixer=None))
 
     def _scan(self, inputs: tuple[Tensor, ...], states: States | None) -> tuple[Tensor, States]:
         (x,) = inputs

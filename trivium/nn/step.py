@@ -37,13 +37,15 @@ class Group:
 @dataclass(frozen=True)
 class Documents:
     """Where the documents of a batch lie. `places` [B*T]: each token's place in the groups' concatenated slots, padding
-    at place 0. `padding` [B*T] and `spare` [sum n*L] mark tokens and places that stand for nothing."""
+    at place 0. `padding` [B*T] and `spare` [sum n*L] mark tokens and places that stand for nothing, and `again` those of the
+    spare places where a token of the document before stands once more, since this one begins with it."""
 
     groups: tuple[Group, ...]
     slots: Tensor  # [sum n*L]: all groups' slots in one row
     places: Tensor
     padding: Tensor | None
     spare: Tensor | None
+    again: Tensor | None = None
 
 
 class Reach(Protocol):
@@ -178,24 +180,26 @@ class View:
 
     def tile(self, queries: slice, keys: slice) -> Tensor:
         """The part [B|1, 1, t, s] of `mask` that lies at these queries and keys; nothing larger is built."""
-        within, names = self.prefix, self._names
+        within, names, forks = self.prefix, self._names, self.step.inputs.forks
         mine, theirs = self.step.positions[:, queries, None], self.key_positions[:, None, keys]
         seen = self._sees(
             mine,
             theirs,
             None if within is None else within[:, None, None],
             None if names is None else (names[0][:, queries, None], names[1][:, None, keys]),
+            None if forks is None else forks[:, queries, None],
         )
         return seen.expand(-1, mine.shape[1], theirs.shape[2])[:, None]
 
     def at(self, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Whether query number `query` of `row` may see key number `key`: index tensors that broadcast."""
-        within, names = self.prefix, self._names
+        within, names, forks = self.prefix, self._names, self.step.inputs.forks
         return self._sees(
             pick(self.step.positions, row, query),
             pick(self.key_positions, row, key),
             None if within is None else within[row],
             None if names is None else (pick(names[0], row, query), pick(names[1], row, key)),
+            None if forks is None else pick(forks, row, query),
         )
 
     @property
@@ -206,8 +210,10 @@ class View:
         assert self.slots.segments is not None
         return self.step.segments, self.slots.segments
 
-    def _sees(self, queries: Tensor, keys: Tensor, within: Tensor | None, segments: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Of positions, prefixes' lengths and (queries', keys') segments that broadcast."""
+    def _sees(
+        self, queries: Tensor, keys: Tensor, within: Tensor | None, segments: tuple[Tensor, Tensor] | None, forks: Tensor | None
+    ) -> Tensor:
+        """Of positions, prefixes' lengths, (queries', keys') segments and queries' forks that broadcast."""
         seen = torch.ones((1,) * queries.dim(), dtype=torch.bool, device=queries.device)
         if self.causal:
             seen = seen & (keys <= queries)
@@ -217,7 +223,10 @@ class View:
             seen = seen & self.bounded.sees(queries, keys)
         if segments is not None:
             mine, theirs = segments
-            seen = seen & (mine == theirs) & (mine >= 0)
+            own = mine == theirs
+            if forks is not None:
+                own = own | ((theirs == mine - 1) & (keys < forks))
+            seen = seen & own & (mine >= 0)
         return seen
 
 
@@ -254,6 +263,8 @@ class Step:
             elif positions is None:
                 assert segments is not None
                 positions = continued_positions(segments)
+                if inputs.forks is not None:
+                    positions = positions + inputs.forks
         return Step(positions, segments, slots, inputs.adapters, inputs, causal and inputs.mask != "full", wants_weights=weights)
 
     def outer(self) -> Step:
@@ -282,7 +293,8 @@ class Step:
     @property
     def documents(self) -> Documents:
         assert self.segments is not None
-        return self.memo("documents", lambda: find_documents(self.runs, *self.inputs.shape, device=self.positions.device))
+        device = self.positions.device
+        return self.memo("documents", lambda: find_documents(self.runs, *self.inputs.shape, device=device, before=self.before))
 
     @property
     def runs(self) -> np.ndarray:
@@ -292,8 +304,17 @@ class Step:
         return self.memo("runs", lambda: find_runs(segments.cpu().numpy()))
 
     @property
+    def before(self) -> np.ndarray | None:
+        """[documents, 2]: the run that each document begins with, in the one before it; None: nowhere."""
+        forks, segments = self.inputs.forks, self.segments
+        if forks is None or segments is None:
+            return None
+        return self.memo("before", lambda: find_forks(self.runs, segments.cpu().numpy(), forks.cpu().numpy()))
+
+    @property
     def longest(self) -> int:
-        return int(self.runs[:, 1].max(initial=0))
+        lengths = self.runs[:, 1] if self.before is None else self.runs[:, 1] + self.before[:, 1]
+        return int(lengths.max(initial=0))
 
     @property
     def adapter_rows(self) -> list[tuple[int, Tensor]]:
@@ -351,38 +372,58 @@ def find_runs(segments: np.ndarray) -> np.ndarray:
     return np.stack([starts, lengths], 1)[real]
 
 
-def find_documents(runs: np.ndarray, batch: int, count: int, *, device: torch.device, waste: float = 0.15) -> Documents:
-    """Group runs by like length: a group is closed when more than `waste` of its places would stand for nothing."""
-    order = np.argsort(-runs[:, 1], kind="stable")
+def find_forks(runs: np.ndarray, segments: np.ndarray, forks: np.ndarray) -> np.ndarray:
+    """Where in the flattened batch what each document begins with lies, [documents, 2] (first token, length), of segments and
+    forks [B, T]."""
+    counts, names, row = forks.ravel()[runs[:, 0]], segments.ravel()[runs[:, 0]], runs[:, 0] // forks.shape[1]
+    there = (row == np.roll(row, 1)) & (names == np.roll(names, 1) + 1) & (np.roll(counts, 1) == 0) & (counts <= np.roll(runs[:, 1], 1))
+    there[:1] = False
+    if (counts < 0).any() or (counts[~there] > 0).any():
+        raise ValueError("forks: a document can begin with tokens of the one before it, numbered one less, that forks from none itself")
+    return np.stack([np.roll(runs[:, 0], 1), counts], 1)
+
+
+def find_documents(
+    runs: np.ndarray, batch: int, count: int, *, device: torch.device, before: np.ndarray | None = None, waste: float = 0.15
+) -> Documents:
+    """Group runs by like length: a group is closed when more than `waste` of its places would stand for nothing. `before`: the
+    runs that they begin with."""
+    before = np.zeros_like(runs) if before is None else before
+    whole = runs[:, 1] + before[:, 1]
+    order = np.argsort(-whole, kind="stable")
     groups: list[list[int]] = []
     for run in order:
         if groups:
-            longest = runs[groups[-1][0], 1]
-            total = sum(runs[i, 1] for i in groups[-1]) + runs[run, 1]
+            longest = whole[groups[-1][0]]
+            total = sum(whole[i] for i in groups[-1]) + whole[run]
             if longest * (len(groups[-1]) + 1) * (1 - waste) <= total:
                 groups[-1].append(run)
                 continue
         groups.append([run])
-    built, all_slots, spare, base = [], [], [], 0
+    built, all_slots, spare, again, base = [], [], [], [], 0
     places = np.zeros(batch * count, dtype=np.int64)
     padding = np.ones(batch * count, dtype=bool)
     for members in groups:
-        starts, lengths = runs[members, 0][:, None], runs[members, 1][:, None]
+        starts, first, shared, lengths = (x[:, None] for x in (runs[members, 0], *before[members].T, whole[members]))
         steps = np.arange(int(lengths.max()))[None]
-        slots = starts + np.minimum(steps, lengths - 1)
+        ahead = steps < shared
+        slots = np.where(ahead, first + steps, starts + np.minimum(steps, lengths - 1) - shared)
         real = steps < lengths
-        places[slots[real]] = base + np.flatnonzero(real.ravel())
-        padding[slots[real]] = False
+        own = real & ~ahead
+        places[slots[own]] = base + np.flatnonzero(own.ravel())
+        padding[slots[own]] = False
         base += slots.size
         built.append(Group(torch.from_numpy(slots).to(device), torch.from_numpy(lengths[:, 0].copy()).to(device), bool((~real).any())))
         all_slots.append(slots.ravel())
-        spare.append(~real.ravel())
+        spare.append(~own.ravel())
+        again.append(ahead.ravel())
     none = np.zeros(0, dtype=np.int64)
-    flat_spare = np.concatenate(spare) if spare else np.zeros(0, dtype=bool)
+    flat_spare, flat_again = (np.concatenate(part) if part else np.zeros(0, dtype=bool) for part in (spare, again))
     return Documents(
         groups=tuple(built),
         slots=torch.from_numpy(np.concatenate(all_slots) if all_slots else none).to(device),
         places=torch.from_numpy(places).to(device),
         padding=torch.from_numpy(np.flatnonzero(padding)).to(device) if padding.any() else None,
         spare=torch.from_numpy(np.flatnonzero(flat_spare)).to(device) if flat_spare.any() else None,
+        again=torch.from_numpy(np.flatnonzero(flat_again)).to(device) if flat_again.any() else None,
     )

@@ -7,22 +7,25 @@ held in fp32 is its own master. Mixed precision with masters: 1710.03740.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError, FileError
+from .average import Average
 from .optimizers import Optimizer
 
 
 class Masters:
     """Casts `model` to `dtype` in place and takes its trainable parameters over.
 
-    `params` holds the parameters by name, `tensors` their masters (the same objects where `dtype` is not a half one).
+    `params` holds the parameters by name, `tensors` their masters (the same objects where `dtype` is not a half one), `average` a
+    running mean of these, if there is to be one: `ema` is its decay.
     """
 
-    def __init__(self, model: nn.Module, optim: Optimizer, *, dtype: torch.dtype):
+    def __init__(self, model: nn.Module, optim: Optimizer, *, dtype: torch.dtype, ema: float | None = None):
         # The masters are taken before the cast, so that what the model holds beyond bf16 is not lost.
         trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
         if not trained:
@@ -35,6 +38,7 @@ class Masters:
         self.halved = half
         self.base_lr = optim.lr
         self.optimizer = optim.build(self.tensors)
+        self.average = None if ema is None else Average(self.tensors, ema)
 
     def accumulate(self) -> None:
         """Adds the gradients of one backward to the masters' and frees them; call it after each backward."""
@@ -64,13 +68,39 @@ class Masters:
             group["lr"] = self.base_lr * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.tensors)
         self._round()
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model holds the mean of what was trained, if there is one."""
+        if self.average is None:
+            yield
+            return
+        kept = {} if self.halved else {name: param.detach().clone() for name, param in self.params.items()}
+        self.settle()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, held in kept.items():
+                    self.params[name].copy_(held)
+            self._round()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Leave the mean in the model, if there is one; no update may follow."""
+        if self.average is not None:
+            for name, param in self.params.items():
+                param.copy_(self.average.tensors[name])
+
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """All that a resumed run needs, as two sets of tensors: `parameters` by name, `optimizer` by name and entry."""
+        """All that a resumed run needs, as sets of tensors: `parameters` by name, `optimizer` by name and entry; `average` by name."""
         kept = {name: self.optimizer.state[tensor] for name, tensor in self.tensors.items()}
         entries = {f"{name}.{entry}": value for name, state in kept.items() for entry, value in sorted(state.items())}
-        return {"parameters": {name: tensor.detach() for name, tensor in self.tensors.items()}, "optimizer": entries}
+        found = {"parameters": {name: tensor.detach() for name, tensor in self.tensors.items()}, "optimizer": entries}
+        return found if self.average is None else {**found, "average": dict(self.average.tensors)}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -82,6 +112,8 @@ class Masters:
         for name, tensor in self.tensors.items():
             tensor.copy_(given[name])  # copied, not adopted: a mapped file's tensors are not aligned as torch's own are
         self._round()
+        if self.average is not None:
+            self.average.load(state["average"])
         entries: dict[str, dict[str, Tensor]] = {name: {} for name in self.tensors}
         for key, value in state["optimizer"].items():
             name, _, entry = key.rpartition(".")

@@ -28,16 +28,38 @@ class Optimizer(Part, registry=Registry("optimizer", "trivium.optim")):
         raise NotImplementedError
 
 
-class AdamW(Optimizer):
-    """Adam with bias correction and weight decay that is decoupled from the gradient."""
+class Decaying(Optimizer):
+    """What the members of Adam's family share: means of the gradient and of its square, and decay apart from them."""
 
-    kind: Literal["adamw"] = "adamw"
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the mean and of the mean square of the gradient")
     eps: float = Field(1e-8, gt=0.0, description="added to the root of the mean square")
     weight_decay: float = Field(0.01, ge=0.0, description="share of a weight taken away per update at rate 1")
     no_decay: tuple[str, ...] | None = Field(
         None, description="patterns of the parameters that do not decay; none given: those of fewer than two dimensions (norms, biases)"
     )
+
+    def groups(self, params: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """The parameters that decay and those that do not."""
+        return [
+            {"params": group, "weight_decay": decay}
+            for decay, group in (
+                (self.weight_decay, [p for name, p in params.items() if self.decays(name, p)]),
+                (0.0, [p for name, p in params.items() if not self.decays(name, p)]),
+            )
+            if group
+        ]
+
+    def decays(self, name: str, param: Tensor) -> bool:
+        """Whether the parameter `name` is decayed."""
+        if self.no_decay is None:
+            return param.dim() >= 2
+        return not any(fnmatchcase(name, pattern) for pattern in self.no_decay)
+
+
+class AdamW(Decaying):
+    """Adam with bias correction and weight decay that is decoupled from the gradient."""
+
+    kind: Literal["adamw"] = "adamw"
     amsgrad: bool = Field(False, description="divide by the largest mean square so far")
     fused: bool = Field(True, description="torch's fused kernel; false: the same update written out")
 
@@ -46,23 +68,10 @@ class AdamW(Optimizer):
         return cls(lr=0.05)
 
     def build(self, params: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-        groups = [
-            {"params": group, "weight_decay": decay}
-            for decay, group in (
-                (self.weight_decay, [p for name, p in params.items() if self.decays(name, p)]),
-                (0.0, [p for name, p in params.items() if not self.decays(name, p)]),
-            )
-            if group
-        ]
+        groups = self.groups(params)
         if self.fused:
             return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, amsgrad=self.amsgrad, fused=True)
         return WrittenAdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, amsgrad=self.amsgrad)
-
-    def decays(self, name: str, param: Tensor) -> bool:
-        """Whether the parameter `name` is decayed."""
-        if self.no_decay is None:
-            return param.dim() >= 2
-        return not any(fnmatchcase(name, pattern) for pattern in self.no_decay)
 
 
 class WrittenAdamW(torch.optim.Optimizer):
@@ -88,13 +97,20 @@ class WrittenAdamW(torch.optim.Optimizer):
             if group["amsgrad"]:
                 state["max_exp_avg_sq"] = torch.zeros_like(param)
         state["step"] += 1
-        step, (beta1, beta2), lr = state["step"].item(), group["betas"], group["lr"]
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
-        param.mul_(1 - lr * group["weight_decay"])
-        mean.mul_(beta1).add_(grad, alpha=1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        if group["amsgrad"]:
-            torch.maximum(state["max_exp_avg_sq"], square, out=state["max_exp_avg_sq"])
-            square = state["max_exp_avg_sq"]
-        root = (square / (1 - beta2**step)).sqrt_()
-        param.addcdiv_(mean / (1 - beta1**step), root.add_(group["eps"]), value=-lr)
+        largest = state["max_exp_avg_sq"] if group["amsgrad"] else None
+        update(param, grad, state["exp_avg"], state["exp_avg_sq"], group, step=state["step"].item(), largest=largest)
+
+
+def update(
+    param: Tensor, grad: Tensor, mean: Tensor, square: Tensor, group: Mapping[str, Any], *, step: float, largest: Tensor | None = None
+) -> None:
+    """One update of AdamW, number `step` from 1, of `param` and of both means in place; `largest`: the largest mean square so far."""
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    param.mul_(1 - lr * group["weight_decay"])
+    mean.mul_(beta1).add_(grad, alpha=1 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    if largest is not None:
+        torch.maximum(largest, square, out=largest)
+        square = largest
+    root = (square / (1 - beta2**step)).sqrt_()
+    param.addcdiv_(mean / (1 - beta1**step), root.add_(group["eps"]), value=-lr)

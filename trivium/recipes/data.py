@@ -9,7 +9,7 @@ from typing import Literal
 from ..core.errors import DataError
 from ..data import rows
 from ..data.bank import META, Prepared
-from ..data.prepare import prepare
+from ..data.prepare import Feeds, prepare
 from ..io import directory, peft
 from ..io.gguf.family import to_hf
 from ..io.gguf.reader import open_gguf
@@ -23,11 +23,13 @@ def bank(
     prompt: Prompt,
     *,
     length: int,
+    feeds: Feeds = "tokens",
     format: str | None = None,
     turns: Literal["all", "last"] = "all",
     too_long: Literal["drop", "truncate"] = "drop",
     max_dropped: int | None = 0,
     max_empty: int | None = 0,
+    max_same: int | None = 0,
 ) -> Prepared:
     """The token bank of files, folders or globs (see `data.prepare`), or the one folder that `data prepare` wrote.
 
@@ -38,12 +40,16 @@ def bank(
             rows.read(data),
             prompt,
             length=length,
+            feeds=feeds,
             format=format,
             turns=turns,
             too_long=too_long,
             max_dropped=max_dropped,
             max_empty=max_empty,
+            max_same=max_same,
         )
+    if feeds != "tokens":
+        raise DataError(f"{data[0]}: a prepared folder holds rows for next-token training; give the files that the pairs are in")
     found = Prepared.load(data[0])
     if found.facts.prompt != prompt.digest():
         raise DataError(f"{data[0]}: was prepared with another tokenizer or chat template than this model's; prepare it again")

@@ -51,6 +51,7 @@ class Bundle:
     digest: str = ""  # SHA-256 over the weight files that the base came from
     adapter: str | None = None  # where the adapter on top came from
     extended: str | None = None  # how the context was extended when this was loaded
+    template: str | None = None  # the chat template that it was given in the place of its own
 
     @property
     def spec(self) -> Transformer:
@@ -140,8 +141,13 @@ def load(
         if adapter is not None:
             raise TriviumError(f"{path} is an adapter itself; load its base ({base}) to put {adapter} on top")
         return load(base, adapter=path, dtype=dtype, device=device, extend=extend, accept=accept, allow_unknown=allow_unknown)
+    passes: tuple[Pass, ...] = ()
+    asked = dtype
+    record = None if adapter is None else peft.read_record(adapter)
     if adapter is not None:
         extend = _as_trained(adapter, extend, accept=accept)
+        if record is not None and record.passes:
+            passes, dtype = record.passes, record.dtype
     if path.is_file():
         bundle = _from_gguf(path, dtype=dtype, device=device, allow_unknown=allow_unknown)
     else:
@@ -149,9 +155,30 @@ def load(
     if extend is not None:
         bundle = extended(bundle, extend)
     if adapter is not None:
+        if passes:
+            _prepare(bundle, passes, adapter)
+            bundle.model.to(bundle.model.dtype if asked is None else devices.dtype(asked))
         peft.read(adapter, bundle.model, family=bundle.family, base=path if path.is_dir() else None, accept=accept)
         bundle.adapter = str(adapter)
+        if record is not None and record.template is not None:
+            bundle = templated(bundle, record.template)
     return bundle
+
+
+def templated(bundle: Bundle, template: str) -> Bundle:
+    """`bundle` with another chat template, and the settings that its prompt has."""
+    old = bundle.prompt
+    prompt = Prompt.of(bundle.tokenizer, template, bundle.generation_config, None, special=old.special, accept=old.accept)
+    return replace(bundle, prompt=prompt, template=template)
+
+
+def _prepare(bundle: Bundle, passes: tuple[Pass, ...], adapter: str | Path) -> None:
+    """Do to the base what was done to it before the adapter was trained, such as quantizing it; what it has of that is not done again."""
+    there = len(bundle.passes)
+    if bundle.passes != passes[:there]:
+        kinds = [", ".join(step.kind for step in found) for found in (bundle.passes, passes)]
+        raise ConfigError(f"{adapter}: was trained on a base with the passes {kinds[1]}, and this one has {kinds[0]}", field="passes")
+    apply_passes(bundle.model, passes[there:])
 
 
 def _as_trained(adapter: str | Path, extend: str | None, *, accept: bool) -> str | None:
@@ -202,15 +229,22 @@ def _from_directory(
     )
 
 
+ANSWERS = {
+    "encoder_decoder": "; its texts: trivium.infer.generate.generate(model, [[START]], sources=[IDS])",
+    "vision_language": "; its texts: trivium.infer.generate.generate(model, [IDS], images=[PIXELS])",
+}
+
+
 def _one_stack(model: BuiltModel[Any], path: Path) -> TransformerModel:
     """What the recipes work on; other assemblies are used from Python."""
     if isinstance(model, TransformerModel):
         return model
+    kind = model.spec.kind
     raise ConfigError(
-        f"{path}: holds a model of kind {model.spec.kind!r}, and this works on a single stack ('transformer'); read it with "
-        "trivium.io.directory.read and use it from Python",
+        f"{path}: holds a model of kind {kind!r}, and this works on a single stack ('transformer'). From Python: "
+        f"model = trivium.io.directory.read({str(path)!r}).model{ANSWERS.get(kind, '')}",
         field="kind",
-        value=model.spec.kind,
+        value=kind,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import platform
 import re
@@ -23,7 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..adapt.adapter import Adapter
 from ..adapt.lora import LoRA
+from ..adapt.nf4 import Nf4
 from ..adapt.passes import Pass, apply_passes
 from ..core.device import dtype
 from ..core.errors import TriviumError
@@ -31,7 +34,7 @@ from ..core.home import home
 from ..core.log import log
 from ..data.bank import Prepared
 from ..data.batch import Batch
-from ..data.batches import Batches, collate
+from ..data.batches import collate
 from ..io import files
 from ..models import count
 from ..models.checkpointing import Recompute
@@ -42,11 +45,12 @@ from ..optim.optimizers import Optimizer
 from ..train.loop import TrainConfig
 from ..train.objectives import Objective
 from .doctor import examine
+from .mixture import Sets, batches
 
 # Fitted to peaks of whole processes: what a step holds for a while takes this much more, and each of its allocations leaves
 # a hole that is seldom filled again (before glibc 2.38, an aligned block never fits where one of its size was).
 SLACK, HOLES = 0.15, 0.07
-STEADY = ("weights", "masters", "optimizer")  # held from the first step to the last
+STEADY = ("weights", "masters", "average", "optimizer")  # held from the first step to the last
 MARGIN = 0.05  # of the memory that is free, left to others
 
 
@@ -77,8 +81,13 @@ class Training:
                 options.append(option)
                 now = replace(now, train=now.train.replace(**changes))
                 yield " ".join(options), now
-        if not any(isinstance(step, LoRA) for step in self.passes):
-            yield " ".join([*options, "--adapter.rank 16"]), replace(now, passes=(*self.passes, LoRA(rank=16)))
+        if not any(isinstance(step, Adapter) for step in self.passes):
+            options.append("--adapter.rank 16")
+            now = replace(now, passes=(*self.passes, LoRA(rank=16)))
+            yield " ".join(options), now
+        if not any(isinstance(step, Nf4) for step in self.passes):
+            options.append("--passes nf4")
+            yield " ".join(options), replace(now, passes=(Nf4(), *now.passes))
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,7 @@ def needs(training: Training, *, held: int = 0) -> Plan:
     model = apply_passes(build(training.spec, dtype=dtype(train.precision)), training.passes)
     model.recompute = train.recompute
     found = count.parameters(model)
-    kept = int(batch.targets.sum())
+    kept = training.objective.positions(batch)
     flops = count.flops(model, batch.segments, kept=kept).total
     ghost(model)
     ledger, state = dry_run(model, training)
@@ -181,7 +190,7 @@ def dry_run(model: nn.Module, training: Training) -> tuple[Ledger, dict[str, dic
     """One step of the loop on a ghost, as it is once the optimizer holds its state. Returns what was held, and what a
     checkpoint saves."""
     phase = ""
-    logits = int(training.batch.targets.sum()) * training.spec.vocab
+    logits = training.objective.positions(training.batch) * training.spec.vocab
     shapes = {parameter.shape for parameter in model.parameters()}
 
     def kind(tensor: Tensor) -> str:
@@ -193,8 +202,10 @@ def dry_run(model: nn.Module, training: Training) -> tuple[Ledger, dict[str, dic
 
     ledger = Ledger(kind)
     ledger.note(model.parameters(), "weights")
-    masters = Masters(_Cast(model), training.optim, dtype=dtype(training.train.precision))
+    masters = Masters(_Cast(model), training.optim, dtype=dtype(training.train.precision), ema=training.train.ema)
     ledger.note(masters.tensors.values(), "masters")
+    if masters.average is not None:
+        ledger.note(masters.average.tensors.values(), "average")
     rows = len(training.batch.tokens)
     micros = training.batch.split(math.ceil(rows / (training.train.micro or rows)))
     model.train()
@@ -248,16 +259,21 @@ class Job(Protocol):
     def out(self) -> str: ...
 
 
-def foresee(job: Job, model: TransformerModel, data: Prepared | Batch, *, adapter: Pass | None = None) -> Plan:
-    """What training `model`, which this process holds, will need: on prepared data, or on batches like the one given."""
+def foresee(job: Job, model: TransformerModel, data: Prepared | Sets | Batch, *, adapter: Pass | None = None) -> Plan:
+    """What training `model`, which this process holds, will need: on prepared data, on several sets of it with their weights, or on
+    batches like the one given."""
     train = job.train
     if isinstance(data, Batch):
         batch, steps = data, train.steps or 1
         tokens = steps * int((batch.segments >= 0).sum())
     else:
-        batch = heaviest(data, rows=train.rows)
-        steps = train.steps or Batches([(data, 1)], seed=train.seed, rows=train.rows).steps(train.epochs)
-        tokens = round(steps * train.rows / len(data.bins) * len(data.tokens))
+        sets = [(data, 1)] if isinstance(data, Prepared) else list(data)
+        heavy = [heaviest(prepared, rows=train.rows) for prepared, _ in sets]
+        batch = max(heavy, key=lambda one: int((one.segments >= 0).sum()) + int(one.targets.sum()))
+        dealer = batches(sets, train)
+        steps = train.steps or dealer.steps(train.epochs)
+        shares = (bins / len(one.bins) * len(one.tokens) for (one, _), bins in zip(sets, dealer.dealt(steps), strict=True))
+        tokens = round(sum(shares))
     return needs(
         Training(
             spec=model.spec,
@@ -333,9 +349,10 @@ def machine_rates() -> dict[str, float]:
     return rates
 
 
-def _copied(size: int = 1 << 26) -> float:
-    """Bytes read and written per second when large tensors are copied: the best of three."""
-    a, b = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
+def _copied(size: int = 1 << 24) -> float:
+    """Bytes read and written per second when large tensors are copied: the best of three. They are small enough not to be what a
+    process needs most of, and lie in pages of their own: blocks of the allocator's would change what it keeps from then on."""
+    a, b = (torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).fill_(1) for _ in range(2))
     best = math.inf
     for _ in range(3):
         start = time.perf_counter()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
+from ..adapt.passes import apply_passes
 from ..core.device import dtype
 from ..core.log import log
 from ..models import count
 from ..models.transformer import TransformerModel
-from .load import Bundle, load
+from .load import Bundle
 from .needs import Plan, foresee, whole
-from .sft import SFT, prepared
+from .sft import SFT, prepared, started
 
 
 class Ask(SFT):
@@ -23,12 +24,14 @@ class Ask(SFT):
 def plan(config: SFT, *, bundle: Bundle | None = None) -> Plan:
     """Memory, disk, steps and time of `sft(config)`. Without data, of full rows, which is the most that data can ask for;
     then without `train.steps`, of one step."""
-    bundle = bundle or load(config.model, dtype=config.train.precision, extend=config.extend)
+    bundle = started(config, bundle)
     if config.data:
         data, _ = prepared(config, bundle)
+        apply_passes(bundle.model, config.passes)
         return foresee(config, bundle.model, data, adapter=config.adapter)
     if config.train.steps is None:
         log.say("no data and no train.steps: disk and time are those of one step")
+    apply_passes(bundle.model, config.passes)
     return foresee(config, bundle.model, whole(rows=config.train.rows, length=config.length), adapter=config.adapter)
 
 

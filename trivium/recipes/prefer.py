@@ -15,32 +15,30 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, SerializeAsAny
 
-from ..adapt.adapter import initialize_adapter
 from ..adapt.passes import apply_passes
-from ..core.device import dtype
 from ..core.errors import ConfigError
 from ..core.log import log
-from ..data import rows
 from ..data.bank import Prepared
-from ..data.batches import Batches
 from ..data.inspect import paint, spans
-from ..data.pairs import prepare_judged, prepare_pairs
 from ..models.context import check_length
 from ..optim.optimizers import AdamW, Optimizer
 from ..train import history
-from ..train.loop import TrainConfig, fit
+from ..train.loop import TrainConfig
 from ..train.objectives import Objective
 from ..train.preference import DPO, KTO, Preference
 from ..train.reference import VALUE, referred
 from ..train.rewards import BradleyTerry
 from ..train.run import Run
-from .load import Bundle, load
+from .data import bank as token_bank
+from .load import Bundle
 from .needs import announce, foresee
 from .sft import ALIASES as SFT_ALIASES
-from .sft import CONFIG, SFT, keep_config, keep_result, loss_on
+from .sft import SFT, keep_result, loss_on, started, trained
 
 FALLEN = 0.02  # nats per token by which the better answers may become less likely before it is said
 BIASED = 0.3  # how much more accurate a model may be where the better answer is the longer
+LOPSIDED = 0.9  # share of pairs in which the same side may be the longer
+SHORTEN = "take simpo or dpo with objective.per_token, or balance the rows"
 
 
 class Pairs(SFT):
@@ -76,38 +74,16 @@ def prefer(config: Prefer, *, bundle: Bundle | None = None) -> Run:
     """
     out = Path(config.out)
     check(config)
-    bundle = bundle or load(config.model, dtype=config.train.precision, extend=config.extend)
+    bundle = started(config, bundle)
     train, validation = prepared(config, bundle)
     apply_passes(bundle.model, config.passes)
     announce(foresee(config, bundle.model, stand_in(config, train), adapter=config.adapter))
     if reference_of(config) == "cached":
         train, validation = with_reference(config, bundle, train, validation)
-    if config.adapter is not None:
-        config.adapter.apply(bundle.model)
-        initialize_adapter(bundle.model, config.adapter.name, seed=config.train.seed)
-    if not (out / CONFIG).exists():
-        keep_config(config, out)
-    done = fit(
-        bundle.model.to(dtype(config.train.precision)),
-        Batches([(train, 1)], seed=config.train.seed, rows=config.train.rows),
-        objective=config.objective,
-        optim=config.optim,
-        schedule=config.schedule,
-        config=config.train,
-        directory=out,
-        validate=None if validation is None else loss_on(validation, config.objective, rows=config.train.rows),
-        identity={
-            "model": bundle.spec.digest(),
-            "weights": bundle.digest,
-            "adapter": None if config.adapter is None else config.adapter.to_dict(),
-            "reference": reference_of(config),
-            **({"passes": [step.to_dict() for step in config.passes]} if config.passes else {}),
-        },
-    )
-    keep_config(config, out)
+    validate = None if validation is None else loss_on(validation, config.objective, rows=config.train.rows)
+    done = trained(config, bundle, train, validate=validate, identity={"reference": reference_of(config)})
     for text in doubts(history.read(out)):
         log.warn(text)
-    bundle.model.eval()
     return Run(path=keep_result(config, bundle, out, step="prefer"), model=bundle.model, metrics=done.metrics)
 
 
@@ -115,7 +91,7 @@ def plan(config: Prefer, *, bundle: Bundle | None = None) -> dict[str, Any]:
     """What `prefer` would do, without doing it: `data`, in pairs and tokens, and `needs`, in memory, disk and time. Raises
     what `prefer` raises before it computes a reference."""
     check(config)
-    bundle = bundle or load(config.model, dtype=config.train.precision, extend=config.extend)
+    bundle = started(config, bundle)
     train, _ = prepared(config, bundle)
     apply_passes(bundle.model, config.passes)
     needed = foresee(config, bundle.model, stand_in(config, train), adapter=config.adapter)
@@ -151,11 +127,11 @@ def prepared(config: Pairs, bundle: Bundle) -> tuple[Prepared, Prepared | None]:
     for name, paths in (("training", config.data), ("validation", config.validation)):
         if not paths:
             continue
-        make = prepare_judged if isinstance(config.objective, KTO) else prepare_pairs
-        bank = make(
-            rows.read(paths),
+        bank = token_bank(
+            paths,
             bundle.prompt,
             length=config.length,
+            feeds="labels" if isinstance(config.objective, KTO) else "preference",
             format=config.format,
             turns=config.turns,
             too_long=config.too_long,
@@ -166,6 +142,8 @@ def prepared(config: Pairs, bundle: Bundle) -> tuple[Prepared, Prepared | None]:
         longest = int(bank.index["length"].max(initial=0))
         check_length(bundle.spec.context, longest, what=f"{name} data: the longest side has", field="data")
         log.table(f"{name} data", ("what", "value"), [(what, str(value)) for what, value in facts(bank).items()])
+        if (doubt := lopsided(bank)) is not None:
+            log.warn(f"{name} data: {doubt}")
         found.append(bank)
     for row, what in enumerate(("learned from", "compared with it" if not isinstance(config.objective, KTO) else "its mismatch")):
         log.say(f"{what} in the first rows:\n" + paint(spans(found[0], row, bundle.tokenizer), color=log.color))
@@ -198,6 +176,17 @@ def facts(bank: Prepared) -> dict[str, Any]:
     return told
 
 
+def lopsided(bank: Prepared) -> str | None:
+    """What a user should know of the lengths in a bank of pairs: that length alone would tell the sides apart. [None: nothing.]"""
+    if "label" in bank.values:
+        return None
+    first, second = bank.index["supervised"][0::2], bank.index["supervised"][1::2]
+    for share, which in ((float((first > second).mean()), "longer"), (float((first < second).mean()), "shorter")):
+        if share > LOPSIDED:
+            return f"the chosen answer is the {which} one in {share:.0%} of the pairs, so length alone tells them apart; balance the rows"
+    return None
+
+
 def stand_in(config: Prefer, train: Prepared) -> Prepared:
     """`train` as it will be once it has a reference, for planning: with zeros, where it is to be cached."""
     if reference_of(config) != "cached":
@@ -216,31 +205,34 @@ def with_reference(config: Prefer, bundle: Bundle, train: Prepared, validation: 
     return train, validation
 
 
-def doubts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a user should know about a run, from its metrics: its first tenth (at least one update) against its last."""
+def doubts(rows: Sequence[Mapping[str, Any]], *, remedy: str = SHORTEN) -> list[str]:
+    """What a user should know about a run, from its metrics: its first tenth (at least one update) against its last. `remedy`: what
+    helps where length is learned."""
     if len(rows) < 2:
         return []
     share = max(1, len(rows) // 10)
+    first, last = rows[:share], rows[-share:]
 
     def mean(name: str, part: Sequence[Mapping[str, Any]]) -> float | None:
         values = [row[name] for row in part if name in row]
         return fmean(values) if values else None
 
+    def per_token(name: str, part: Sequence[Mapping[str, Any]]) -> float | None:
+        value, length = mean(name, part), mean("chosen_length", part)
+        return None if value is None or not length else value / length
+
     found = []
-    per_token = [
-        logprob / length
-        for part in (rows[:share], rows[-share:])
-        if (logprob := mean("chosen_logprob", part)) is not None and (length := mean("chosen_length", part))
-    ]
-    if len(per_token) == 2 and per_token[1] < per_token[0] - FALLEN:
+    now, gain = per_token("chosen_logprob", last), per_token("chosen_gain", last)
+    before = per_token("chosen_logprob", first) if now is None or gain is None else now - gain  # the reference's, of these same rows
+    if now is not None and before is not None and now < before - FALLEN:
         found.append(
-            f"the chosen answers became less likely: {per_token[0]:.3f} nats per token at first, {per_token[1]:.3f} at the end. "
+            f"the chosen answers became less likely: {before:.3f} nats per token at first, {now:.3f} at the end. "
             "The margin may grow all the same; raise objective.beta, lower optim.lr, or take a method that learns them too (orpo)"
         )
-    longer, shorter = (mean(name, rows[-share:]) for name in ("accuracy_longer", "accuracy_shorter"))
+    longer, shorter = (mean(name, last) for name in ("accuracy_longer", "accuracy_shorter"))
     if longer is not None and shorter is not None and longer - shorter > BIASED:
         found.append(
             f"length may be what is learned: at the end {longer:.0%} of the pairs whose chosen answer is the longer are told right, and "
-            f"{shorter:.0%} of those where it is the shorter; take simpo or dpo with objective.per_token, or balance the rows"
+            f"{shorter:.0%} of those where it is the shorter; {remedy}"
         )
     return found

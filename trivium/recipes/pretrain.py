@@ -16,7 +16,6 @@ from torch import nn
 from ..core.errors import ConfigError
 from ..core.log import log
 from ..core.spec import Spec
-from ..data.batches import Batches
 from ..data.inspect import inspect
 from ..infer.generate import generate
 from ..infer.sampling import Sampling
@@ -34,6 +33,7 @@ from ..train.objectives import NextToken, Objective
 from ..train.run import Run
 from .data import bank
 from .load import Bundle
+from .mixture import batches, mixture, say_mixture
 from .needs import Plan, announce, foresee, machine_rates
 from .sft import CONFIG, keep_config, loss_on
 
@@ -42,7 +42,9 @@ class TextRun(Spec):
     """Training on text, but for the model that is trained."""
 
     tokenizer: str = Field(description="directory or tokenizer.json")
-    data: tuple[str, ...] = Field(min_length=1, description="training text: files, folders or globs, or one prepared folder")
+    data: tuple[str, ...] = Field(
+        min_length=1, description="training text: files, folders or globs, or one prepared folder; NAME:WEIGHT makes sets"
+    )
     validation: tuple[str, ...] = Field((), description="text to measure the loss on")
     out: str = Field("runs/pretrain", description="the run's folder")
     length: int = Field(512, ge=2, description="tokens in a row")
@@ -87,15 +89,17 @@ def pretrain(config: Pretrain) -> Run:
     """
     out = Path(config.out)
     bundle = new(config)
-    train = bank(config.data, bundle.prompt, length=config.length)
-    log.table("training data", ("what", "value"), inspect(train).table())
+    train = [(bank(paths, bundle.prompt, length=config.length), weight) for paths, weight in mixture(config.data)]
+    for one, _ in train:
+        log.table("training data", ("what", "value"), inspect(one).table())
+    say_mixture(train, config.train)
     validation = bank(config.validation, bundle.prompt, length=config.length) if config.validation else None
     planned = announce(foresee(config, bundle.model, train))
     if not (out / CONFIG).exists():  # so that a run that is stopped can be gone on with by its config alone
         keep_config(config, out)
     done = fit(
         bundle.model,
-        Batches([(train, 1)], seed=config.train.seed, rows=config.train.rows),
+        batches(train, config.train),
         objective=config.objective,
         optim=config.optim,
         schedule=config.schedule,
@@ -122,12 +126,13 @@ def utilization(planned: Plan, rows: Sequence[Mapping[str, Any]]) -> float:
 def plan(config: Pretrain) -> dict[str, int]:
     """What `pretrain` would do: steps, tokens and parameters. Raises what it raises before its first step."""
     bundle = new(config)
-    found = inspect(bank(config.data, bundle.prompt, length=config.length))
-    steps = config.train.steps or -(-int(config.train.epochs * found.bins) // config.train.rows)
+    sets = [(bank(paths, bundle.prompt, length=config.length), weight) for paths, weight in mixture(config.data)]
+    dealer = batches(sets, config.train)
+    steps = config.train.steps or dealer.steps(config.train.epochs)
     return {
         "parameters": sum(parameter.numel() for parameter in bundle.model.parameters()),
         "steps": steps,
-        "tokens": round(steps * config.train.rows / found.bins * found.tokens),
+        "tokens": round(sum(bins / len(one.bins) * len(one.tokens) for (one, _), bins in zip(sets, dealer.dealt(steps), strict=True))),
     }
 
 

@@ -2,7 +2,7 @@
 
 Decoding a whole list and decoding a stream share this one idea, so they agree on anything: a stream holds back the bytes
 of an unfinished character, and bytes that are no UTF-8 become U+FFFD in both, where the Unicode standard puts it.
-Decoders other than byte-level and SentencePiece's (WordPiece, CTC) are left out.
+WordPiece's decoder leaves the spaces that it puts before punctuation; others (CTC) are left out.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Pieces:
         self._added = added
         self._known: dict[int, bytes] = {}
         self._byte_level = self._byte_fallback = self._spaces = False
+        self._inside = ""  # what WordPiece marks a token with that goes on with a word
         self.lead = 0
         for step in _steps(decoder):
             match step:
@@ -52,12 +53,14 @@ class Pieces:
                     self.lead = start
                 case {"type": "Fuse"}:
                     pass
+                case {"type": "WordPiece", "prefix": str(prefix)} if prefix:
+                    self._inside, self.lead = prefix, 1
                 case _:
                     raise FileError(
-                        f"{where}: its decoder {step.get('type')!r:.40} is not supported; byte-level and SentencePiece decoders are"
+                        f"{where}: its decoder {step.get('type')!r:.40} is not supported; byte-level, SentencePiece and WordPiece are"
                     )
-        if not self._byte_level and not self._spaces:
-            raise FileError(f"{where}: it has no byte-level or SentencePiece decoder, the kinds that are supported")
+        if not self._byte_level and not self._spaces and not self._inside:
+            raise FileError(f"{where}: it has no byte-level, SentencePiece or WordPiece decoder, the kinds that are supported")
 
     def __getitem__(self, id: int) -> bytes:
         """The bytes of a token; none for an id that is no token."""
@@ -77,6 +80,8 @@ class Pieces:
             if id in self._added or not all(char in ALPHABET for char in token):
                 return token.encode()
             return bytes(ALPHABET[char] for char in token)
+        if self._inside:
+            return (token.removeprefix(self._inside) if token.startswith(self._inside) else f" {token}").encode()
         if self._byte_fallback and (byte := BYTE_TOKEN.fullmatch(token)):
             return bytes([int(byte[1], 16)])
         return token.replace(SPACE, " ").encode()

@@ -1,7 +1,7 @@
 """Text to token ids and back, by one engine (the `tokenizers` library) whatever the file was: tokenizer.json, SentencePiece or GGUF.
 
 Content never makes a special token unless that is asked for, a continuation never gets a prefix of its own, and
-what streams out is what decoding the whole gives. Training tokenizers and WordPiece are left out.
+what streams out is what decoding the whole gives. Training tokenizers is left out here.
 """
 
 from __future__ import annotations

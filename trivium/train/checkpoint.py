@@ -31,7 +31,10 @@ FORMAT = 1
 MARKER = "complete.json"
 STATE = "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32"}
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,9 @@ class TrainConfig(Spec):
     clip: float | None = Field(1.0, gt=0.0, description="largest norm of the gradient; null: not clipped")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="dtype of the model; with bf16, what is trained has fp32 masters")
     recompute: Recompute | None = Field(None, description="gradient checkpointing: what the backward computes again instead of keeping it")
+    ema: float | None = Field(
+        None, gt=0.0, lt=1.0, description="decay of a running mean of what is trained (0.999): the result is that mean"
+    )
     seed: int = Field(0, description="of the order of the rows and of dropout")
     validate_every: int | None = Field(None, gt=0, description="updates between validations; none given: after the last one only")
     save_every: int | None = Field(None, gt=0, description="updates between checkpoints; none given: after the last one only")
@@ -109,7 +112,8 @@ def fit(
 
     If `directory` holds a checkpoint of this same run, training goes on from it; of another run, that is a `ConfigError` that
     names what differs. `identity` is what else the run depends on (JSON: hashes of weights, adapter specs). `validate` is given the
-    model in eval mode without gradients. Raises `DataError` for a batch with nothing to learn, `TriviumError` for a loss or
+    model in eval mode without gradients. With `config.ema`, what is validated, and left in `model`, is the running mean; the last
+    weights are in the last checkpoint beside it. Raises `DataError` for a batch with nothing to learn, `TriviumError` for a loss or
     gradient that is not finite, `FileError` for what cannot be written, `Interrupted` after Ctrl-C.
     """
     directory = Path(directory)
@@ -123,16 +127,11 @@ def fit(
         "steps": total,
         **(identity or {}),
     }
-    if config.recompute is not None and not isinstance(model, TransformerModel):
-        raise ConfigError("train.recompute: only the layers of a transformer can be computed again", field="train.recompute")
-    if objective.coupled and config.micro is not None and config.micro < config.rows:
-        raise ConfigError(f"train.micro: the rows of an update cannot be taken apart: {objective.coupled}", field="train.micro")
-    if isinstance(model, TransformerModel):
-        model.recompute = config.recompute
+    _ready(model, objective, config, total=total)
     faster = compiled(model) if config.compile else nullcontext()
     with checkpoint.locked(directory), _own_randomness(model), faster, _signals() as interrupted:
         checkpoint.clean(directory)
-        masters = Masters(model, optim, dtype=dtype(config.precision))
+        masters = Masters(model, optim, dtype=dtype(config.precision), ema=config.ema)
         step = start = _resume(directory, masters, about, moved=objective.moved(model))
         checkpoint.prune(directory, step, keep=config.keep_last)  # the save may have been the last thing done
         update = _Update(model, masters, batches, objective=objective, schedule=schedule, config=config, total=total)
@@ -143,7 +142,8 @@ def fit(
                 row = update(step)
                 step += 1
                 if validate is not None and _due(step, config.validate_every, total):
-                    row["validation"] = _validate(model, validate)
+                    with masters.averaged():
+                        row["validation"] = _validate(model, validate)
                 rows.append(row)
                 tracked.row(row)
                 progress.advance(1, **{name: row[name] for name in ("loss", "targets_per_second") if name in row})
@@ -153,8 +153,24 @@ def fit(
                     checkpoint.prune(directory, step, keep=config.keep_last)
                 if interrupted():
                     raise Interrupted(step, saved)
+        masters.settle()
     last = history.read(directory)[-1:]
     return Fit(step, start, saved, _numbers(last[0]) if last else {})
+
+
+def _ready(model: nn.Module, objective: Objective, config: TrainConfig, *, total: int) -> None:
+    """Sets the model to what the config says of it. Raises for what cannot be trained so; a mean in which the start of the run weighs
+    much is said."""
+    if config.recompute is not None and not isinstance(model, TransformerModel):
+        raise ConfigError("train.recompute: only the layers of a transformer can be computed again", field="train.recompute")
+    if objective.coupled and config.micro is not None and config.micro < config.rows:
+        raise ConfigError(f"train.micro: the rows of an update cannot be taken apart: {objective.coupled}", field="train.micro")
+    if config.ema is not None and (share := config.ema ** (total - 1)) > 0.1:
+        log.warn(
+            f"train.ema: after {total} updates the weights after the first one make {share:.0%} of the mean; lower it, or train longer"
+        )
+    if isinstance(model, TransformerModel):
+        model.recompute = config.recompute
 
 
 class _Update:
@@ -241,7 +257,7 @@ def _resume(directory: Path, masters: Masters, about: Mapping[str, Any], *, move
         raise ConfigError(message, field=changed[0][0])
     for path, was, now in diff(found.state["machine"], _machine()):
         log.warn(f"resuming with another {path} ({was} before, {now} now): results can differ in their last bits")
-    masters.load({name: found.tensors(name) for name in ("parameters", "optimizer")})
+    masters.load({name: found.tensors(name) for name in masters.state()})
     if moved:
         held = found.tensors("moved")
         for name, tensor in moved.items():
@@ -295,7 +311,8 @@ def _own_randomness(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
-    """Gives a function that tells whether SIGINT, SIGTERM or SIGHUP (the terminal went away) came. The second one acts at once."""
+    """Gives a function that tells whether SIGINT, SIGTERM or SIGHUP (the terminal went away) came. The second one acts at once. One that
+    is ignored, as nohup and shells do for what runs in the background, stays ignored."""
     caught: list[int] = []
     before: dict[signal.Signals, Any] = {}
 
@@ -306,7 +323,8 @@ def _signals() -> Iterator[Callable[[], bool]]:
         log.say("finishing this step and saving it; once more stops at once")
 
     if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
-        before.update({number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)})
+        heeded = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+        before.update({number: signal.signal(number, handle) for number in heeded})
     try:
         yield lambda: bool(caught)
     finally:

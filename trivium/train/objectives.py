@@ -41,6 +41,10 @@ class Objective(Part, registry=Registry("objective", "trivium.train")):
         """Why rows of a batch need each other, if they do: such a batch is never split."""
         return None
 
+    def positions(self, batch: Batch) -> int:
+        """At how many positions logits over the vocabulary are made, for the plan of a run."""
+        return int(batch.targets.sum())
+
     def weights(self, batch: Batch) -> dict[str, float]:
         """By term: how much `batch` weighs, in the term's unit (targets, rows, ...)."""
         raise NotImplementedError
@@ -60,12 +64,17 @@ class Objective(Part, registry=Registry("objective", "trivium.train")):
 class NextToken(Objective):
     """Cross-entropy of each target token given what stands before it in its document; the unit is the target.
 
-    For mixtures of experts: `balance` and `router_z`, summed over layers, whose unit is the token (padding apart), and the
-    correction that balances without a loss.
+    With `prompt_weight`, tokens that are context alone (prompts, turns that are not trained) count too, each as so much of a
+    target: instruction modelling (arXiv:2405.14394) beside instruction masking. What each kind loses by itself is then measured,
+    as `answer_loss` and `prompt_loss`. For mixtures of experts: `balance` and `router_z`, summed over layers, whose unit is the
+    token (padding apart), and the correction that balances without a loss.
     """
 
     kind: Literal["next_token"] = "next_token"
     label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="share of each target's probability spread over the whole vocabulary")
+    prompt_weight: float = Field(
+        0.0, ge=0, description="what a token of a prompt counts, as a share of a target; 0: prompts are not learned"
+    )
     balance: float = Field(0.0, ge=0, description="coefficient of the routers' balance loss (Switch: 0.01); 0: none")
     router_z: float = Field(0.0, ge=0, description="coefficient of the routers' z loss (ST-MoE: 0.001); 0: none")
     correction_speed: float = Field(0.0, ge=0, description="what routers' corrections move by after each update (DeepSeek-V3: 0.001)")
@@ -74,13 +83,29 @@ class NextToken(Objective):
     def tiny(cls) -> NextToken:
         return cls(label_smoothing=0.1)
 
+    @classmethod
+    def exempted(cls) -> NextToken:
+        return cls(balance=0.01)
+
     @property
     def exempt(self) -> Mapping[str, str]:
         why = "balance: the loss of a micro-batch is of its own loads and mean scores, so a batch's is not the sum of theirs"
         return {"linear in rows": why} if self.balance else {}
 
+    @property
+    def measured(self) -> Collection[str]:
+        return ("answer_loss", "prompt_loss") if self.prompt_weight else ()
+
+    def positions(self, batch: Batch) -> int:
+        return super().positions(batch) + (int(prompts(batch).sum()) if self.prompt_weight else 0)
+
     def weights(self, batch: Batch) -> dict[str, float]:
-        return {"loss": float(batch.targets.sum()), **dict.fromkeys(self._routed(), float((batch.segments >= 0).sum()))}
+        answers, found = float(batch.targets.sum()), {}
+        if self.prompt_weight:
+            asked = float(prompts(batch).sum())
+            found = {"answer_loss": answers, "prompt_loss": asked}
+            answers += self.prompt_weight * asked
+        return {"loss": answers, **found, **dict.fromkeys(self._routed(), float((batch.segments >= 0).sum()))}
 
     def _routed(self) -> dict[str, float]:
         """The routers' terms that are asked for, with their coefficients."""
@@ -95,19 +120,35 @@ class NextToken(Objective):
         return {f"{name}.weight": one.weight.detach() for name, one in corrections(model).items()} if self.correction_speed else {}
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        keep = torch.zeros_like(batch.targets)
-        keep[:, :-1] = batch.targets[:, 1:]  # a position's logits speak of the token after it
-        inputs, labels = Inputs(batch.tokens, segments=batch.segments), batch.tokens[batch.targets]
+        kinds = {"answer_loss": batch.targets, **({"prompt_loss": prompts(batch)} if self.prompt_weight else {})}
+        losses, aux = self._losses(model, batch, kinds)
+        if self.correction_speed and model.training:
+            self._see(model, aux)
+        loss, found = losses["answer_loss"], {}
+        if self.prompt_weight:
+            found = {name: part.detach() for name, part in losses.items()}
+            loss = loss + self.prompt_weight * losses["prompt_loss"]
+        return {"loss": loss, **found, **{name: c * self._total(aux, name) for name, c in self._routed().items()}}
+
+    def _losses(self, model: nn.Module, batch: Batch, kinds: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Aux]:
+        """The summed cross-entropy of the tokens that each selector [B, T] of `kinds` chooses, in one forward."""
+        inputs, smoothing = Inputs(batch.tokens, segments=batch.segments), self.label_smoothing
+        before = {name: _before(chosen) for name, chosen in kinds.items()}
         table = model.head.table(model.embed) if isinstance(model, TransformerModel) and isinstance(model.head, LanguageHead) else None
         if table is not None:
             output = model(inputs, keep="none")
-            loss = linear_cross_entropy_sum(output.hidden[keep], table, labels, label_smoothing=self.label_smoothing)
+            losses = {
+                name: linear_cross_entropy_sum(output.hidden[before[name]], table, batch.tokens[chosen], label_smoothing=smoothing)
+                for name, chosen in kinds.items()
+            }
         else:
-            output = model(inputs, keep=keep)
-            loss = cross_entropy_sum(output.logits, labels, label_smoothing=self.label_smoothing)
-        if self.correction_speed and model.training:
-            self._see(model, output.aux)
-        return {"loss": loss, **{name: c * self._total(output.aux, name) for name, c in self._routed().items()}}
+            every = torch.stack(list(before.values())).any(0)
+            output = model(inputs, keep=every)
+            logits = {name: output.logits if len(kinds) == 1 else output.logits[own[every]] for name, own in before.items()}
+            losses = {
+                name: cross_entropy_sum(logits[name], batch.tokens[chosen], label_smoothing=smoothing) for name, chosen in kinds.items()
+            }
+        return losses, output.aux
 
     def _total(self, aux: Aux, name: str) -> Tensor:
         total = aux.total(name)
@@ -126,6 +167,21 @@ class NextToken(Objective):
         for layer in routed:
             assert layer.router.correction is not None
             layer.router.correction.see(aux.loads[layer.layer])
+
+
+def prompts(batch: Batch) -> Tensor:
+    """Which tokens [B, T] stand in a document after its first, and are no targets."""
+    inside = batch.segments >= 0
+    inside[:, 1:] &= batch.segments[:, 1:] == batch.segments[:, :-1]
+    inside[:, 0] = False
+    return inside & ~batch.targets
+
+
+def _before(chosen: Tensor) -> Tensor:
+    """The positions [B, T] whose logits speak of the tokens that `chosen` selects: those before them."""
+    found = torch.zeros_like(chosen)
+    found[:, :-1] = chosen[:, 1:]
+    return found
 
 
 def corrections(model: nn.Module) -> dict[str, Correction]:

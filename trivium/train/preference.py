@@ -3,7 +3,7 @@
 All methods share one core: the log-probability that the model, and a frozen reference, give each document of a batch, whose
 documents come in pairs side by side (chosen, rejected). A method is then what it makes of a pair's four numbers. DPO
 (arXiv:2305.18290), its smoothed and robust forms (2403.00409), SLiC's hinge (2305.10425), IPO (2310.12036), KTO (2402.01306),
-SimPO (2405.14734), ORPO (2403.07691). Left out: a prompt that both sides share in memory.
+SimPO (2405.14734), ORPO (2403.07691). A prompt that both sides share is computed once, where the model can do so.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Preference(Objective):
 
     @property
     def measured(self) -> Collection[str]:
-        return (*PAIRS, *SPLIT, *(("kl",) if self.refers else ()))
+        return (*PAIRS, *SPLIT, *(("kl", "chosen_gain") if self.refers else ()))
 
     def rewards(self, sides: Sides) -> tuple[Tensor, Tensor]:
         """The implicit reward [P] of either side, in the units of the loss."""
@@ -82,7 +82,7 @@ class Preference(Objective):
 
     def sides(self, model: nn.Module, batch: Batch) -> Sides:
         """The pairs of `batch` under `model` and its reference."""
-        chosen, rejected = pairs_of(document_logprobs(model, batch), batch)
+        chosen, rejected = pairs_of(document_logprobs(model, batch, pairs=True), batch)
         sizes = pairs_of(lengths(batch).to(chosen.dtype), batch)
         reference = pairs_of(reference_logprobs(model, batch), batch) if self.refers else (None, None)
         return Sides(chosen, rejected, *sizes, *reference)
@@ -90,7 +90,7 @@ class Preference(Objective):
     @torch.no_grad()
     def measures(self, sides: Sides) -> dict[str, Tensor]:
         """Sums over pairs. `kl` is the mean log-ratio of both sides: an estimate of the divergence from the reference, as far
-        as the rows are such as the model would write."""
+        as the rows are such as the model would write. `chosen_gain` is that of the chosen sides: below 0, they became less likely."""
         good, bad = self.rewards(sides)
         right = (good > bad).to(good.dtype)
         longer, shorter = sides.chosen_length > sides.rejected_length, sides.chosen_length < sides.rejected_length
@@ -98,7 +98,8 @@ class Preference(Objective):
         found = {name: value.sum() for name, value in zip(PAIRS, each, strict=True)}
         found |= {"accuracy_longer": right[longer].sum(), "accuracy_shorter": right[shorter].sum()}
         if self.refers:
-            found["kl"] = torch.stack(sides.ratios()).mean(0).sum()
+            gained, other = sides.ratios()
+            found |= {"kl": (gained + other).sum() / 2, "chosen_gain": gained.sum()}
         return found
 
 
@@ -263,7 +264,7 @@ class KTO(Objective):
 
     @property
     def measured(self) -> Collection[str]:
-        return ("chosen_reward", "rejected_reward", "accuracy", "chosen_logprob", "chosen_length", "rejected_length", "kl")
+        return ("chosen_reward", "rejected_reward", "accuracy", "chosen_logprob", "chosen_gain", "chosen_length", "rejected_length", "kl")
 
     def weights(self, batch: Batch) -> dict[str, float]:
         liked = pairs_of(batch.values["label"], batch)[0] > 0
@@ -271,7 +272,7 @@ class KTO(Objective):
         return {name: counts.get(name.partition("_")[0], float(len(liked))) for name in ("loss", *self.measured)}
 
     def terms(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        logprobs, other = pairs_of(document_logprobs(model, batch), batch)
+        logprobs, other = pairs_of(document_logprobs(model, batch, pairs=True), batch)
         reference, other_reference = pairs_of(reference_logprobs(model, batch), batch)
         liked = pairs_of(batch.values["label"], batch)[0] > 0
         ratios = logprobs - reference
@@ -283,6 +284,7 @@ class KTO(Objective):
                 "rejected_reward": self.beta * ratios[~liked].sum(),
                 "accuracy": ((ratios > point) == liked).to(ratios.dtype).sum(),
                 "chosen_logprob": logprobs[liked].sum(),
+                "chosen_gain": ratios[liked].sum(),
                 "chosen_length": size[liked].sum(),
                 "rejected_length": size[~liked].sum(),
                 "kl": point * len(ratios),

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from ..adapt.adapter import adapters
 from ..core.errors import ConfigError, FileError
-from ..core.log import log
-from ..data.batches import ordered
+from ..data.batches import by_row
 from ..io import files
 from ..models.model import BuiltModel
 from .logprobs import document_logprobs
@@ -35,7 +34,7 @@ VALUE = "reference"  # the name of its log-probabilities among a batch's values
 
 
 def reference_logprobs(model: nn.Module, batch: Batch) -> Tensor:
-    """The log-probability [B, D] of each document under the reference: the one that came with the batch, or that of `model`
+    """The log-probability [B, D] of each document, which stand in pairs, under the reference: the one that came with the batch, or that of `model`
     with its adapters off. Raises `ConfigError` where there is neither."""
     if VALUE in batch.values:
         return batch.values[VALUE][:, : int(batch.segments.max()) + 1]
@@ -45,7 +44,7 @@ def reference_logprobs(model: nn.Module, batch: Batch) -> Tensor:
             field="reference",
         )
     with at_rest(model):
-        return document_logprobs(model, batch, adapters=batch.tokens.new_full((len(batch.tokens),), -1))
+        return document_logprobs(model, batch, adapters=batch.tokens.new_full((len(batch.tokens),), -1), pairs=True)
 
 
 @contextmanager
@@ -69,26 +68,19 @@ def referred(model: nn.Module, prepared: Prepared, path: Path, *, weights: str, 
     about = {"weights": weights, "data": prepared.fingerprint}
     found = _read(path, about) if path.exists() else None
     if found is None:
-        found = _computed(model, prepared, rows=rows)
+        found = logprobs_of(model, prepared, rows=rows, pairs=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         with files.atomic_file(path) as sink:
             sink.write(safetensors.numpy.save({VALUE: found}, metadata={**about, "sha256": _hash(found)}))
     return replace(prepared, values={**prepared.values, VALUE: found})
 
 
-def _computed(model: nn.Module, prepared: Prepared, *, rows: int) -> np.ndarray:
-    found = np.zeros(len(prepared), np.float32)
+def logprobs_of(model: nn.Module, prepared: Prepared, *, rows: int, pairs: bool = False) -> np.ndarray:
+    """The log-probability of the targets of each row of `prepared` under `model`, [rows] fp32, `rows` bins at a time. `pairs`: see
+    `document_logprobs`."""
     device = next(model.parameters()).device
-    bins = 0
-    with at_rest(model), log.progress("reference", len(prepared.bins)) as progress:
-        for batch in ordered(prepared, rows=rows):
-            logprobs = document_logprobs(model, batch.to(device)).float().cpu().numpy()
-            for row in logprobs:
-                own = prepared.bins[bins]
-                found[own] = row[: len(own)]
-                bins += 1
-            progress.advance(len(logprobs))
-    return found
+    with at_rest(model):
+        return by_row(prepared, lambda batch: document_logprobs(model, batch.to(device), pairs=pairs), rows=rows, what="reference")
 
 
 def _read(path: Path, about: dict[str, str]) -> np.ndarray:

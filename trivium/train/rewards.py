@@ -7,6 +7,7 @@ The reward is read at a document's last token. Only differences count, so a cons
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -15,12 +16,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError
+from ..data.batches import by_row
 from ..nn.inputs import Inputs
 from .logprobs import lengths, pairs_of
 from .objectives import Objective
 from .preference import SPLIT
+from .reference import at_rest
 
 if TYPE_CHECKING:
+    from ..data.bank import Prepared
     from ..data.batch import Batch
 
 
@@ -73,6 +77,8 @@ def document_rewards(model: nn.Module, batch: Batch) -> Tensor:
     ends = batch.segments >= 0
     ends[:, :-1] &= batch.segments[:, :-1] != batch.segments[:, 1:]
     found = model(Inputs(batch.tokens, segments=batch.segments), keep=ends).logits
+    if found.dim() == 2 and found.shape[1] == 1:  # a classifier of one class, which gives a row for each document
+        found = found[:, 0]
     if found.dim() != 1:
         raise ConfigError("the model has no reward head: its head gives more than one number a token", field="head")
     found = found.to(torch.promote_types(found.dtype, torch.float32))
@@ -82,13 +88,42 @@ def document_rewards(model: nn.Module, batch: Batch) -> Tensor:
     return found.new_zeros(len(ends) * documents).index_put((place,), found).view(len(ends), documents)
 
 
-def calibration_error(margins: Tensor, *, bins: int = 10) -> float:
-    """How far sigmoid(|margin|), the chance that a model gives to its own choice, is from how often that is right: expected
-    calibration error over `bins` of equal width. margins [P]: reward of chosen minus reward of rejected."""
+@dataclass(frozen=True)
+class Reliability:
+    """How a model's choices with a confidence from `low` to `high` came out: how many there were, their mean confidence, and how
+    often they were right."""
+
+    low: float
+    high: float
+    pairs: int
+    confidence: float
+    accuracy: float
+
+
+def reliability(margins: Tensor, *, bins: int = 10) -> list[Reliability]:
+    """A row for each of `bins` of equal width of sigmoid(|margin|), the chance that a model gives to its own choice; bins without
+    a pair are left out. margins [P]: reward of chosen minus reward of rejected."""
     confidence, right = torch.sigmoid(margins.abs()).double(), (margins > 0).double()
     place = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add(0, place, right - confidence)
-    return float(gaps.abs().sum() / len(margins))
+    counts, sure, won = (torch.zeros(bins, dtype=torch.float64).index_add(0, place, x) for x in (torch.ones_like(right), confidence, right))
+    edges = [0.5 + 0.5 * edge / bins for edge in range(bins + 1)]
+    return [
+        Reliability(edges[i], edges[i + 1], int(count), float(sure[i] / count), float(won[i] / count))
+        for i, count in enumerate(counts.tolist())
+        if count
+    ]
+
+
+def calibration_error(margins: Tensor, *, bins: int = 10) -> float:
+    """Expected calibration error: how far confidence is from accuracy, by the rows of `reliability`, weighted by their pairs."""
+    return sum(row.pairs * abs(row.accuracy - row.confidence) for row in reliability(margins, bins=bins)) / len(margins)
+
+
+def rewards_of(model: nn.Module, prepared: Prepared, *, rows: int) -> Tensor:
+    """The reward of each row, [rows] fp32 on the CPU in the rows' order, `rows` bins at a time."""
+    device = next(model.parameters()).device
+    with at_rest(model):
+        return torch.from_numpy(by_row(prepared, lambda batch: document_rewards(model, batch.to(device)), rows=rows, what="rewards"))
 
 
 def pessimistic(rewards: Tensor, *, caution: float = 1.0) -> Tensor:

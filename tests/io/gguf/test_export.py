@@ -22,7 +22,7 @@ from trivium.adapt.lora import LoRA
 from trivium.adapt.passes import apply_passes
 from trivium.core.errors import ConfigError, FileError
 from trivium.io.directory import assemble
-from trivium.io.gguf.export import _stored, interleaved, write_model
+from trivium.io.gguf.export import as_stored, interleaved, write_model
 from trivium.io.gguf.family import to_hf
 from trivium.io.gguf.reader import open_gguf
 from trivium.io.gguf.writer import write_gguf
@@ -254,7 +254,7 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path):
 
         return make
 
-    tensors = {f"t{index}": _stored(f"t{index}", Lazy((64, 64), torch.float32, maker(index)), "Q8_0") for index in range(8)}
+    tensors = {f"t{index}": as_stored(f"t{index}", Lazy((64, 64), torch.float32, maker(index)), "Q8_0") for index in range(8)}
     write_gguf(tmp_path / "m.gguf", {}, tensors)
     assert most == [1] * 8
     assert [open_gguf(tmp_path / "m.gguf").array(f"t{index}")[5, 5] for index in range(8)] == pytest.approx(list(range(8)), rel=1e-3)

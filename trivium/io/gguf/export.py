@@ -89,7 +89,7 @@ def write_model(
         metadata["tokenizer.chat_template"] = template
     if carried := families.get(ARCH).unknown_keys(config):
         notes.append(f"config.json's {', '.join(carried)}, allowed without being understood, have no place in GGUF and are left out")
-    stored = {ROPE_FACTORS: _stored(ROPE_FACTORS, factors, "F32")} if factors is not None else {}
+    stored = {ROPE_FACTORS: as_stored(ROPE_FACTORS, factors, "F32")} if factors is not None else {}
     stored |= _tensors(config, tensors, kind, notes)
     if STORED.get(kind) != model.dtype and not (kind == "F32" and model.dtype in STORED.values()):
         notes.append(f"matrices are rounded from {str(model.dtype).removeprefix('torch.')} to {kind}")
@@ -188,7 +188,7 @@ def _tensors(config: Mapping[str, Any], tensors: Mapping[str, Lazy], kind: str, 
         if lazy.shape[-1] % TYPES[type].block:
             type = "F16"
             wide.append(gguf)
-        found[gguf] = _stored(gguf, lazy, type)
+        found[gguf] = as_stored(gguf, lazy, type)
     if wide:
         notes.append(f"{len(wide)} matrices are F16, since their rows are not whole blocks of {TYPES[kind].block}: {some(wide)}")
     return found
@@ -199,7 +199,9 @@ def interleaved(rows: Tensor, *, heads: int) -> Tensor:
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def _stored(name: str, lazy: Lazy, type: str) -> Stored:
+def as_stored(name: str, lazy: Lazy, type: str) -> Stored:
+    """A tensor as the ggml type `type`, encoded when it is written."""
+
     def pieces() -> Iterator[np.ndarray]:
         flat = lazy.load().detach().cpu().contiguous().view(-1)
         assert flat.numel() == math.prod(lazy.shape), f"{name}: not what was announced"

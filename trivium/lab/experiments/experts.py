@@ -54,9 +54,14 @@ def experts(effort: float) -> Result:
     gap = small.paired(losses["dense"], losses["balance loss"])
     numbers["balanced less dense, nats"] = gap
     busy, idle = min(entropies["balance loss"]), small.mean(entropies["not balanced"])
-    verdict = (
+    return Result(numbers, verdict_on_experts(gap, busy, min(entropies["correction"]), idle), seeds)
+
+
+def verdict_on_experts(gap: dict[str, float], busy: float, corrected: float, idle: float) -> str:
+    """`gap`: balanced less dense. Load entropies as shares of the largest: the least with each way of balancing, the mean without."""
+    return (
         f"{'Holds' if gap['high'] < 0 else 'Not settled at this size'}: at equal FLOPs, {gap['mean']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f}) "
-        f"nats against dense. Load entropy is at least {busy:.2f} of the largest with the balance loss, {min(entropies['correction']):.2f} with the "
-        f"correction, {idle:.2f} without: collapse without balancing {'holds' if idle < 0.8 else 'does not hold at this size'}."
+        f"nats against dense. Load entropy is at least {busy:.2f} of the largest with the balance loss (over 0.9 "
+        f"{'holds' if busy > 0.9 else 'does not hold'}), {corrected:.2f} with the correction, {idle:.2f} without: collapse without "
+        f"balancing {'holds' if idle < 0.5 else 'does not hold at this size'}."
     )
-    return Result(numbers, verdict, seeds)

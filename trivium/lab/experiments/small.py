@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.log import log
 from ...data.bank import Prepared
@@ -24,7 +24,7 @@ from ...nn.heads import LMHead
 from ...nn.inputs import Inputs
 from ...nn.positions import Rope
 from ...optim.optimizers import AdamW
-from ...optim.schedules import Cosine, Schedule
+from ...optim.schedules import Constant, Cosine, Schedule
 from ...recipes.from_scratch import FromScratch, corpus
 from ...recipes.sft import loss_on
 from ...text import bpe
@@ -32,7 +32,7 @@ from ...text.prompt import Prompt
 from ...text.tokenizer import Tokenizer
 from ...train import history
 from ...train.loop import Source, TrainConfig, fit
-from ...train.objectives import NextToken
+from ...train.objectives import NextToken, Objective
 
 VOCAB, DIM, LAYERS, HEADS = 1024, 64, 3, 4
 ROWS, LENGTH = 8, 128
@@ -60,9 +60,11 @@ def banks(length: int = LENGTH, megabytes: float = 3.0) -> tuple[Prepared, Prepa
         if room > 0:
             kept.append(text)
             room -= len(text)
-    prompt = Prompt.of(tokenizer(), None)
-    sides = [prepare([{"text": text} for text in side], prompt, length=length, format="text") for side in (kept, held)]
-    return sides[0], sides[1]
+    return rows_of(kept, length), rows_of(held, length)
+
+
+def rows_of(texts: Sequence[str], length: int = LENGTH) -> Prepared:
+    return prepare([{"text": text} for text in texts], Prompt.of(tokenizer(), None), length=length, format="text")
 
 
 def shape(*, dim: int = DIM, layers: int = LAYERS, attention: Mapping[str, Any] | None = None, **block: Any) -> Transformer:
@@ -84,7 +86,7 @@ def train(
     std: float = 0.02,
     clip: float | None = 1.0,
     model: TransformerModel | None = None,
-    objective: NextToken = NextToken(),  # noqa: B008 - frozen
+    objective: Objective = NextToken(),  # noqa: B008 - frozen
 ) -> tuple[TransformerModel, list[float]]:
     """A model of this spec (or `model`) after so many steps in fp32, and its training losses. Raises `TriviumError` for a loss that
     is not finite."""
@@ -101,6 +103,28 @@ def train(
         )
         losses = [row["loss"] for row in history.read(Path(folder))]
     return made.eval(), losses
+
+
+def descend(
+    model: nn.Module,
+    loss: Callable[[int], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    schedule: Schedule = Constant(),  # noqa: B008 - frozen
+    weight_decay: float = 0.01,
+) -> None:
+    """Trains what of `model` requires gradients on `loss(step)`, in place: for losses that no objective of the library says."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    model.train()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr * schedule.factor(step, steps)
+        optimizer.zero_grad()
+        loss(step).backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    model.eval()
 
 
 def held_out(model: nn.Module, data: Prepared | None = None) -> float:
@@ -132,12 +156,21 @@ def mean(values: Iterable[float]) -> float:
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> dict[str, float]:
-    """Mean of b - a over 2 to 10 seeds, with the 95% interval of Student's t (n - 1 degrees of freedom)."""
+    """Mean of b - a over 2 pairs and more, with the 95% interval of Student's t (n - 1 degrees of freedom)."""
     differences = [y - x for x, y in zip(a, b, strict=True)]
     middle, n = mean(differences), len(differences)
     spread = math.sqrt(sum((d - middle) ** 2 for d in differences) / (n - 1) / n)
-    half = STUDENT[n - 2] * spread
+    half = student(n - 1) * spread
     return {"mean": middle, "low": middle - half, "high": middle + half}
+
+
+def student(freedom: int) -> float:
+    """The 97.5% quantile of Student's t: of the table, and beyond it by the first terms of its expansion about the normal's (within 0.0003)."""
+    if freedom <= len(STUDENT):
+        return STUDENT[freedom - 1]
+    z = 1.959964
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2) + third
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:

@@ -87,16 +87,14 @@ def words(task: str, rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 def learn(model: EncoderDecoderModel, task: str, *, steps: int, seed: int) -> float:
     """Share of 256 new sources whose greedy transcription is right in full, after training on fresh ones."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step in range(steps):
+
+    def loss(step: int) -> torch.Tensor:
         source, segments, target = words(task, 64, seed * 1_000_000 + step)
         logits = model(Inputs(target[:, :-1], source=Inputs(source, segments=segments))).logits
         assert logits is not None
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=0)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=0)
+
+    small.descend(model, loss, steps=steps, lr=2e-3)
     source, segments, target = words(task, 256, 10**9 + seed)
     with torch.no_grad():
         written, inputs = torch.ones(256, 1, dtype=torch.int64), Inputs(source, segments=segments)
