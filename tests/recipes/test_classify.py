@@ -79,6 +79,26 @@ def test_what_is_tuned_moves_and_transformers_agrees(toy: Path, tmp_path: Path, 
         assert one.label == max(one.probabilities, key=one.probabilities.__getitem__) and one.probability == max(one.probabilities.values())
 
 
+def test_texts_that_end_as_rows_are_padded_are_read_alike(toy: Path, tmp_path: Path):
+    """Many chat models pad with what ends a turn, which transformers' classifiers do not read."""
+    given = load(toy)
+    stop = min(given.prompt.stops)
+    given.tokenizer.pad = stop
+    given.rest = {**given.rest, "pad_token_id": stop}
+    data = tmp_path / "talks.jsonl"
+    said = [[{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}] for text in TEXTS[:8]]
+    data.write_text("".join(json.dumps({"messages": talk, "label": label_of(talk[0]["content"])}) + "\n" for talk in said))
+    run = classify(config(toy, tmp_path, (data, data), validation=[]), bundle=given)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(run.path).eval()
+    ids = [load(run.path).prompt.rows(talk)[0].ids for talk in said[:3]]
+    batch = transformers.AutoTokenizer.from_pretrained(run.path, padding_side="right").pad({"input_ids": ids}, return_tensors="pt")
+    with torch.no_grad():
+        chances = theirs(**batch).logits.softmax(-1)
+    ours = [list(one.probabilities.values()) for one in predict(run.path, said[:3])]
+    torch.testing.assert_close(chances, torch.tensor(ours), rtol=1e-4, atol=1e-5)
+    assert theirs.config.pad_token_id not in given.prompt.stops
+
+
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt", "bottleneck"])
 def test_an_adapter_beside_the_head(toy: Path, tmp_path: Path, rows, kind: str):
     """Prompt and prefix methods with a head for classes are P-tuning v2's."""

@@ -28,7 +28,6 @@ from ..evaluate.classes import Classification, scores
 from ..evaluate.results import Result
 from ..evaluate.task import Subject
 from ..io.directory import NATIVE
-from ..io.hf import families
 from ..models.context import check_length
 from ..models.transformer import TransformerModel, with_head
 from ..nn.heads import LMHead
@@ -42,6 +41,7 @@ from .load import Bundle, Messages, load
 from .needs import announce, foresee
 from .sft import ALIASES as SFT_ALIASES
 from .sft import Tuning, loss_on, trained
+from .task_model import family_of, padded
 
 RESULT = "result.json"
 
@@ -215,8 +215,6 @@ def with_class_head(bundle: Bundle, names: Sequence[str], *, pool: Pool | None =
     }
     if bundle.family != NATIVE and isinstance(spec.head, LMHead):
         rest["tie_word_embeddings"] = spec.head.tied
-    if rest.get("pad_token_id") is None:  # by which transformers finds the last token of a text
-        rest["pad_token_id"] = bundle.tokenizer.eos if bundle.tokenizer.pad is None else bundle.tokenizer.pad
     return replace(bundle, rest=rest)
 
 
@@ -278,14 +276,7 @@ def frozen(config: Classify, model: TransformerModel) -> tuple[Freeze, ...]:
 
 def keep(config: Classify, bundle: Bundle) -> Path:
     """Save the classifier as `out/model`, in the model's family where that has words for it."""
+    bundle = padded(bundle)
     bundle.model.passes = tuple(done for done in bundle.passes if done.lasting)
-    made, family = bundle.since("classify", config=config.to_dict(), base=bundle.digest), bundle.family
-    if bundle.passes:
-        family = NATIVE
-    elif family != NATIVE:
-        try:
-            families.get(family).to_hf(bundle.spec, bundle.rest)
-        except ConfigError as error:
-            log.say(f"saved in this library's own form: {error}")
-            family = NATIVE
-    return made.save(Path(config.out) / "model", family=family, overwrite=True)
+    made = bundle.since("classify", config=config.to_dict(), base=bundle.digest)
+    return made.save(Path(config.out) / "model", family=family_of(bundle), overwrite=True)

@@ -19,6 +19,7 @@ from ...nn.hyper import Hyper
 from ...nn.inputs import Inputs
 from ...nn.positions import Rope
 from ...nn.residual import Plain
+from ...optim.schedules import Cosine
 from . import Result, experiment, small
 
 
@@ -94,7 +95,7 @@ def learn(model: EncoderDecoderModel, task: str, *, steps: int, seed: int) -> fl
         assert logits is not None
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten(), ignore_index=0)
 
-    small.descend(model, loss, steps=steps, lr=2e-3)
+    small.descend(model, loss, steps=steps, lr=2e-3, schedule=Cosine(warmup=0.05, minimum=0.05))
     source, segments, target = words(task, 256, 10**9 + seed)
     with torch.no_grad():
         written, inputs = torch.ones(256, 1, dtype=torch.int64), Inputs(source, segments=segments)
@@ -109,8 +110,9 @@ def learn(model: EncoderDecoderModel, task: str, *, steps: int, seed: int) -> fl
 
 @experiment("transcription", "T03.03", question="Does a small encoder-decoder learn to reverse, sort and transliterate in full?")
 def transcription(effort: float) -> Result:
-    """Strings of 4 to 10 of 26 letters, two layers on each side, greedy; two seeds. Claim: over 95% exact."""
-    steps, seeds = small.steps_of(900, effort), (0, 1)
+    """Strings of 4 to 10 of 26 letters, two layers on each side, greedy; two seeds. Claim: over 95% exact. (900 steps at a
+    constant rate were too few: 91%, 79% and 92%.)"""
+    steps, seeds = small.steps_of(2000, effort), (0, 1)
     numbers: dict[str, Any] = {"steps": steps}
     for task in ("reverse", "sort", "transliterate"):
         numbers[task] = []
