@@ -149,6 +149,14 @@ def test_keys_that_contradict_are_refused(change, reason):
         families.get("deepseek_v3").to_spec({**SHAPE, **change})
 
 
+def test_a_config_that_leaves_a_part_open_is_refused():
+    """transformers' own default says of how many experts a token reads: none."""
+    config = hf.classes("deepseek_v2")[0]().to_dict() | {"num_experts_per_tok": None}
+    known = families.get("deepseek_v2").unknown_keys(config)
+    with pytest.raises(ConfigError, match="config.json.top_k"):
+        families.get("deepseek_v2").to_spec(config, allow_unknown=known)
+
+
 def test_what_has_no_words_is_refused():
     family = families.get("deepseek_v32")
     spec, rest = family.to_spec({**SHAPE, **INDEX})

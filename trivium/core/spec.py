@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -188,8 +189,15 @@ def exemptions(spec: Spec, path: str = "") -> list[tuple[str, str, str]]:
 
 def validate(cls: type, data: Any, *, where: str = "") -> Any:
     """`cls.model_validate`, with errors as one `ConfigError` that names full paths."""
-    try:
+    with explained(where):
         return cls.model_validate(data)
+
+
+@contextmanager
+def explained(where: str = "") -> Iterator[None]:
+    """What is wrong with specs that are made inside, as one `ConfigError` that names full paths from `where` on."""
+    try:
+        yield
     except ValidationError as error:
         lines = []
         for item in error.errors(include_url=False):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeGuard
 from ...core.config import diff
 from ...core.errors import ConfigError, nearest
 from ...core.registry import Registry
-from ...core.spec import Spec, validate
+from ...core.spec import Spec, explained, validate
 from ...models.model import Model
 from ...models.transformer import Transformer
 from ...nn.heads import LMHead
@@ -81,7 +81,9 @@ class Family:
         rest = {key: value for key, value in config.items() if key not in read and key != "model_type"}
         if (dtype := rest.pop("torch_dtype", None)) is not None:
             rest.setdefault("dtype", dtype)
-        spec = tasks.classified(self.spec(keys), tasks.classifier_name(self.architecture), config)
+        with explained("config.json"):
+            made = self.spec(keys)
+        spec = tasks.classified(made, tasks.classifier_name(self.architecture), config)
         kept = (*self.spelled, "tie_word_embeddings") if _classifies(spec) else self.spelled
         return spec, {**self.carried, **rest, **{key: config[key] for key in kept if key in config}}
 
