@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -84,6 +85,25 @@ def accuracy(model: TransformerModel, task: Task) -> float:
         found = logits[:, :-1].argmax(-1) == batch.tokens[:, 1:]
         right, total = right + int(found[batch.targets[:, 1:]].sum()), total + int(batch.targets[:, 1:].sum())
     return right / total
+
+
+@torch.no_grad()
+def accuracy_by_distance(model: TransformerModel, pairs: int, *, parts: int = 4) -> dict[str, float]:
+    """Of `recall`: share of right values by how many tokens lie between where a value was told and where it is asked for, in as many equal
+    parts of the distances as `parts`."""
+    task, found = Task("recall", pairs=pairs), []
+    for i in range(8):
+        tokens = task.batch(20_000_000 + i).tokens
+        logits = model(Inputs(tokens)).logits
+        assert logits is not None
+        asked = 2 * pairs + 2 * torch.arange(pairs)
+        told = 2 * (tokens[:, None, 0 : 2 * pairs : 2] == tokens[:, asked, None]).int().argmax(-1)
+        right = logits[:, asked].argmax(-1) == tokens[:, asked + 1]
+        found.append(torch.stack([(asked - told).flatten(), right.flatten()]))
+    distances, rights = torch.cat(found, 1)
+    edges = torch.linspace(0, 4 * pairs, parts + 1).int().tolist()
+    spans = {f"{low + 1} to {high} tokens": rights[(distances > low) & (distances <= high)].float() for low, high in pairwise(edges)}
+    return {name: float(span.mean()) for name, span in spans.items() if len(span)}
 
 
 def stack(*mixers: Mixer) -> Transformer:
