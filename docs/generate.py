@@ -14,7 +14,7 @@ import json
 import os
 import pkgutil
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, get_args, get_origin
@@ -24,6 +24,7 @@ from pydantic_core import PydanticUndefined
 
 import trivium
 from trivium import cli
+from trivium.cli.options import said_as
 from trivium.core.registry import Registry
 from trivium.core.spec import Part, Spec
 
@@ -308,19 +309,9 @@ def fields(spec: type[Spec]) -> str:
         default = field.get_default(call_default_factory=True)
         if name == "kind" and not field.is_required():
             continue
-        shown = "required" if default is PydanticUndefined else f"`{value(default)}`"
+        shown = "required" if default is PydanticUndefined else f"`{said_as(default).replace('|', BAR)}`"
         rows.append((f"`{name}`", f"`{annotation(field.annotation)}`", shown, plain(field.description or "")))
     return table(("field", "type", "default", "what"), rows) if rows else ""
-
-
-def value(default: Any) -> str:
-    """A default, as a config would say it."""
-    if isinstance(default, Spec):
-        said = default.to_dict()
-        return f"{said.pop('kind', type(default).__name__)}" + (f" {json.dumps(said, default=str)}" if said else "")
-    if isinstance(default, tuple):
-        return "[" + ", ".join(value(item) for item in default) + "]"
-    return json.dumps(dict(default) if isinstance(default, Mapping) else default, default=str, ensure_ascii=False).replace("|", BAR)
 
 
 def annotation(kind: Any) -> str:

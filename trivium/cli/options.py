@@ -164,14 +164,23 @@ def _fields(cls: type[Spec], prefix: str, values: Spec | None = None) -> list[tu
                 rows.append((f"--{prefix}{name}", str(kind), said))
             rows += _fields(type(default), f"{prefix}{name}.", default)
             continue
-        shown = json.dumps(dict(default) if isinstance(default, Mapping) else default, default=str)
-        rows.append((f"--{prefix}{name}", "(required)" if absent else shown, said))
+        rows.append((f"--{prefix}{name}", "(required)" if absent else said_as(default), said))
         if not kinds and not isinstance(default, Spec) and isinstance(inner, type) and issubclass(inner, Spec):
             rows += _fields(inner, of)
         if absent:
             for kind, member in kinds.items():
                 rows += [(option, value, f"({kind}) {what}") for option, value, what in _fields(member, f"{prefix}{name}.")]
     return rows
+
+
+def said_as(default: Any) -> str:
+    """A default, as a config would say it: a part by its kind and what is not its own default."""
+    if isinstance(default, Spec):
+        told = default.to_dict()
+        return f"{told.pop('kind', type(default).__name__)}" + (f" {json.dumps(told, default=str)}" if told else "")
+    if isinstance(default, tuple):
+        return "[" + ", ".join(said_as(item) for item in default) + "]"
+    return json.dumps(dict(default) if isinstance(default, Mapping) else default, default=str, ensure_ascii=False)
 
 
 def _kinds(annotation: Any) -> Mapping[str, type[Part]]:
