@@ -14,7 +14,7 @@ def ablate(*flags: Flags, config: Configs = (), dry_run: bool = False, json: boo
     anew; differences are paired. Stopped, the same command goes on. The folder holds table.md, ablation.json and curves.svg.
 
     Try:
-      trivium ablate --base llama-1m --vary "blocks.*.mixer.position=rope,none" --tokenizer tok --data train/ --validation held-out/ --amount 1e6
+      trivium ablate --base llama-5m --vary "blocks.*.mixer.position=rope,none" --tokenizer tok --data train/ --validation held-out/ --amount 1e6
       trivium ablate --config ablation.yaml --vary "['blocks.*.norm=rms,layer', 'optim.lr=1e-3,3e-3']" --seeds 5
       trivium ablate --config ablation.yaml --budget minutes --amount 5 --dry-run
 
