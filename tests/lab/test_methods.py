@@ -51,6 +51,7 @@ def write_pairs(path: Path) -> Path:
     return path
 
 
+@pytest.mark.concept("X.66", part="lab/experiments/methods/runs.py")
 def test_runs_are_made_once_and_hold_what_was_measured(toy, tmp_path):
     job, made = teaching(toy), []
 
