@@ -216,7 +216,7 @@ def test_every_part_runs_on_its_tiny():
     items = read_items(rows)
     for name, member in (*Step.registry.items(), *Scorer.registry.items()):
         part = member.tiny()
-        assert part.kind == name and validate(type(part).__mro__[1], part.to_dict()) == part
+        assert part.kind == name and validate(Step if isinstance(part, Step) else Scorer, part.to_dict()) == part
         if isinstance(part, Step):
             assert all(0 <= place < 12 and why for place, why in part.removed(items, MEANS).items())
         else:

@@ -86,8 +86,8 @@ def _hold(path: Path, ready: object, done: object) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         ready.set()
         done.wait(20)
-        ledger = path.with_name("runs.jsonl")
-        ledger.write_text(ledger.read_text() + json.dumps({"id": path.stem, "minutes": 0, "by": "another"}) + "\n")
+        with path.with_name("runs.jsonl").open("a") as ledger:
+            ledger.write(json.dumps({"id": path.stem, "minutes": 0, "by": "another"}) + "\n")
 
 
 def test_what_another_process_is_at_is_left_to_it(toy, tmp_path):

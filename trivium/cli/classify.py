@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .options import Configs, Flags, UsageError, answer, resolve
+from .options import Configs, Flags, UsageError, answer, resolve, teach
 
 
 def train(*flags: Flags, config: Configs = (), dry_run: bool = False, json: bool = False) -> None:
@@ -27,20 +27,11 @@ def train(*flags: Flags, config: Configs = (), dry_run: bool = False, json: bool
     json
         Answer as JSON: path and metrics, or with --dry-run config, data and needs.
     """
-    from ..core.log import log
     from ..recipes.classify import ALIASES, Classify, classify, plan
 
     job = resolve(Classify, config, flags, aliases=ALIASES, command=train)
-    if dry_run:
-        planned = plan(job)
-        answer({"config": job.to_dict(defaults=True), **planned} if json else job, as_json=json)
-        return
-    done = classify(job)
-    if json:
-        answer({"path": str(done.path), "metrics": done.metrics}, as_json=True)
-        return
-    answer(str(done.path), as_json=False)
-    log.say(f'use it: trivium classify predict {done.path} "A text"')
+    said = 'use it: trivium classify predict {path} "A text"'
+    teach(job, run=classify, plan=plan, dry_run=dry_run, try_=said, as_json=json)
 
 
 def predict(

@@ -127,13 +127,21 @@ def answer(value: Any, *, as_json: bool) -> None:
         print(value)
 
 
-def trained(done: Run, *, try_: str, as_json: bool) -> None:
-    """What every command that trains answers with: where the result is, or with its metrics as JSON; and what to `try_` next."""
+def teach(job: S, *, run: Callable[[S], Run], plan: Callable[[S], Mapping[str, Any]], dry_run: bool, try_: str, as_json: bool) -> None:
+    """What every command that trains does. `run(job)`, then where the result is, or with its metrics as JSON, and what to `try_` next, in
+    which `{path}` is the result's. Dry: the resolved config alone, or as JSON with what `plan(job)` says beside it."""
+    if dry_run:
+        planned = plan(job)
+        if "size" in planned:
+            log.table("would train", ("what", "how many"), list(planned["size"].items()))
+        answer({"config": job.to_dict(defaults=True), **planned} if as_json else job, as_json=as_json)
+        return
+    done = run(job)
     if as_json:
         answer({"path": str(done.path), "metrics": done.metrics}, as_json=True)
         return
     answer(str(done.path), as_json=False)
-    log.say(try_)
+    log.say(try_.format(path=done.path))
 
 
 def describe(target: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .options import Configs, Flags, answer, resolve, trained
+from .options import Configs, Flags, resolve, teach
 
 
 def prefer(*flags: Flags, config: Configs = (), dry_run: bool = False, json: bool = False) -> None:
@@ -30,9 +30,4 @@ def prefer(*flags: Flags, config: Configs = (), dry_run: bool = False, json: boo
     from ..recipes.prefer import prefer as run
 
     job = resolve(Prefer, config, flags, aliases=ALIASES, command=prefer)
-    if dry_run:
-        planned = plan(job)
-        answer({"config": job.to_dict(defaults=True), **planned} if json else job, as_json=json)
-        return
-    done = run(job)
-    trained(done, try_=f"talk to it: trivium chat {done.path}", as_json=json)
+    teach(job, run=run, plan=plan, dry_run=dry_run, try_="talk to it: trivium chat {path}", as_json=json)

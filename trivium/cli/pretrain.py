@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .options import Configs, Flags, answer, resolve, trained
+from .options import Configs, Flags, resolve, teach
 
 
 def pretrain(*flags: Flags, config: Configs = (), dry_run: bool = False, json: bool = False) -> None:
@@ -26,15 +26,9 @@ def pretrain(*flags: Flags, config: Configs = (), dry_run: bool = False, json: b
     json
         Answer as JSON: path and metrics, or with --dry-run config and size.
     """
-    from ..core.log import log
     from ..recipes.pretrain import ALIASES, Pretrain, plan
     from ..recipes.pretrain import pretrain as run
 
     job = resolve(Pretrain, config, flags, aliases=ALIASES, command=pretrain)
-    if dry_run:
-        size = plan(job)
-        log.table("would train", ("what", "how many"), list(size.items()))
-        answer({"config": job.to_dict(defaults=True), "size": size} if json else job, as_json=json)
-        return
-    done = run(job)
-    trained(done, try_=f"let it write: trivium generate {done.path} 'Once upon a time'", as_json=json)
+    said = "let it write: trivium generate {path} 'Once upon a time'"
+    teach(job, run=run, plan=lambda given: {"size": plan(given)}, dry_run=dry_run, try_=said, as_json=json)

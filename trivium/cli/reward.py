@@ -6,7 +6,7 @@ from json import dumps
 from pathlib import Path
 
 from . import UsageError
-from .options import Configs, Flags, answer, resolve, trained
+from .options import Configs, Flags, resolve, teach
 
 
 def reward(
@@ -51,9 +51,5 @@ def reward(
     from ..recipes.reward import reward as run
 
     job = resolve(RewardModel, config, flags, aliases=ALIASES, command=reward)
-    if dry_run:
-        planned = plan(job)
-        answer({"config": job.to_dict(defaults=True), **planned} if json else job, as_json=json)
-        return
-    done = run(job)
-    trained(done, try_=f"score rows with it: trivium reward --score FILE --model {done.path}", as_json=json)
+    said = "score rows with it: trivium reward --score FILE --model {path}"
+    teach(job, run=run, plan=plan, dry_run=dry_run, try_=said, as_json=json)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .options import Configs, Flags, answer, resolve, trained
+from .options import Configs, Flags, resolve, teach
 
 
 def sft(*flags: Flags, config: Configs = (), dry_run: bool = False, json: bool = False) -> None:
@@ -25,15 +25,8 @@ def sft(*flags: Flags, config: Configs = (), dry_run: bool = False, json: bool =
     json
         Answer as JSON: path and metrics, or with --dry-run config, data and size.
     """
-    from ..core.log import log
     from ..recipes.sft import ALIASES, SFT, plan
     from ..recipes.sft import sft as run
 
     job = resolve(SFT, config, flags, aliases=ALIASES, command=sft)
-    if dry_run:
-        planned = plan(job)
-        log.table("would train", ("what", "how many"), list(planned["size"].items()))
-        answer({"config": job.to_dict(defaults=True), **planned} if json else job, as_json=json)
-        return
-    done = run(job)
-    trained(done, try_=f"talk to it: trivium chat {done.path}", as_json=json)
+    teach(job, run=run, plan=plan, dry_run=dry_run, try_="talk to it: trivium chat {path}", as_json=json)

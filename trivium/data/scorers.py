@@ -67,7 +67,15 @@ class Features(Scorer):
         return (min(1.0, letters / 0.8) + known + once + whole + new) / 5
 
 
-class IFD(Scorer):
+class ByLoss(Scorer):
+    """What the scorers share that ask a model for its losses."""
+
+    @property
+    def needs(self) -> Collection[Need]:
+        return ("prompt", "nats")
+
+
+class IFD(ByLoss):
     """Instruction-following difficulty: the answer's perplexity after its prompt over that without. Up to 1, harder is better; above 1 the
     prompt makes the answer less likely, as where the two do not belong together, and such rows come last, the worst at the end."""
 
@@ -78,17 +86,13 @@ class IFD(Scorer):
     def tiny(cls) -> IFD:
         return cls()
 
-    @property
-    def needs(self) -> Collection[Need]:
-        return ("prompt", "nats")
-
     def scores(self, items: Sequence[Item], means: Means) -> Scores:
         given, alone = losses(items, means)
         ratio = np.exp(given - alone) if self.of == "perplexity" else given / np.maximum(alone, 1e-9)
         return np.where(ratio <= 1, ratio, -ratio)
 
 
-class Gain(Scorer):
+class Gain(ByLoss):
     """How much the prompt tells about the answer: nats a token that it saves, the negative logarithm of IFD. It finds answers to other
     questions, and ranks what is easy first."""
 
@@ -98,16 +102,12 @@ class Gain(Scorer):
     def tiny(cls) -> Gain:
         return cls()
 
-    @property
-    def needs(self) -> Collection[Need]:
-        return ("prompt", "nats")
-
     def scores(self, items: Sequence[Item], means: Means) -> Scores:
         given, alone = losses(items, means)
         return alone - given
 
 
-class Likelihood(Scorer):
+class Likelihood(ByLoss):
     """How likely the model finds the answer after its prompt: minus its loss in nats a token."""
 
     kind: Literal["likelihood"] = "likelihood"
@@ -115,10 +115,6 @@ class Likelihood(Scorer):
     @classmethod
     def tiny(cls) -> Likelihood:
         return cls()
-
-    @property
-    def needs(self) -> Collection[Need]:
-        return ("prompt", "nats")
 
     def scores(self, items: Sequence[Item], means: Means) -> Scores:
         assert means.nats is not None

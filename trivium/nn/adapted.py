@@ -74,6 +74,18 @@ class Adapted(nn.Module):
         return [(name, numbers) for name, numbers in rows if name in self.updates]
 
 
+class Place(Adapted):
+    """A place with no module of the model below it: updates stand in it alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleDict()
+
+    @property
+    def updates(self) -> nn.ModuleDict:
+        return self.adapters
+
+
 class LinearUpdate(Multiplies, Update):
     """An update of a linear map. `merges`: whether some weights of the map compute the same; `replaces`: whether the map itself
     is not run; `inward`: whether what the map reads is changed, and so has a gradient."""

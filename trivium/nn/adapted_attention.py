@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapted import Adapted, AdaptedLinear, Update
+from .adapted import Adapted, AdaptedLinear, Place, Update
 from .linear import Linear
 from .products import Product
 from .step import Step
@@ -35,16 +35,8 @@ class GatedPrompt(Update):
         return self.gate[:, None, None] * (weights @ v)
 
 
-class AttentionPrompts(Adapted):
+class AttentionPrompts(Place):
     """The place of learned tokens beside the keys of one attention layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.adapters = nn.ModuleDict()
-
-    @property
-    def updates(self) -> nn.ModuleDict:
-        return self.adapters
 
     def forward(self, q: Tensor, mixed: Tensor, maps: nn.Module, scale: float, step: Step) -> Tensor:
         """What the heads gave, `mixed` [B, H, T, D] for queries of that shape, with what the learned tokens add."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import ConfigError
-from .adapted import Adapted, Update
+from .adapted import Adapted, Place, Update
 from .inputs import Inputs, Prefix
 from .inserted import Inserted
 from .linear import Linear
@@ -107,16 +107,8 @@ class Through(nn.Module):
         return x
 
 
-class VirtualTokens(Adapted):
+class VirtualTokens(Place):
     """The place of virtual tokens: before all layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.adapters = nn.ModuleDict()
-
-    @property
-    def updates(self) -> nn.ModuleDict:
-        return self.adapters
 
     @property
     def softs(self) -> dict[str, Soft]:

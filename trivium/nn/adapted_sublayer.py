@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .adapted import Adapted, Update
+from .adapted import Adapted, Place, Update
 from .linear import Linear
 from .step import Step
 
@@ -48,16 +48,8 @@ class Bottleneck(Update):
         return self.scale * self.up(self.activation(self.down(x, step)), step)
 
 
-class Bottlenecks(Adapted):
+class Bottlenecks(Place):
     """The place of bottleneck adapters at one sublayer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.adapters = nn.ModuleDict()
-
-    @property
-    def updates(self) -> nn.ModuleDict:
-        return self.adapters
 
     def forward(self, stream: Tensor, read: Tensor, given: Tensor, step: Step) -> Tensor:
         """What the sublayer gave with what each row's adapter adds, [B, T, C]. `stream`: what came in; `read`: the same, normed."""

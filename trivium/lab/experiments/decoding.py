@@ -125,15 +125,12 @@ def cache_speed(effort: float) -> Result:
             times["with"].append(min(_seconds(lambda s=store, y=x: subject(Inputs(y[:, :1], cache=s), keep="last")) for _ in range(5)))
             times["without"].append(min(_seconds(lambda y=x: subject(Inputs(y), keep="last")) for _ in range(3)))
     faster = [b / a for a, b in zip(times["with"], times["without"], strict=True)]
-    numbers = {
-        "lengths": lengths,
-        "processor seconds of a token": times,
-        "faster by": faster,
-        "growth": {k: small.exponent(lengths[-3:], v[-3:]) for k, v in times.items()},
-    }
+    growth = {k: small.exponent(lengths[-3:], v[-3:]) for k, v in times.items()}
+    numbers = {"lengths": lengths, "processor seconds of a token": times, "faster by": faster, "growth": growth}
     verdict = (
         f"{'Holds' if faster[-1] > 10 else 'Does not hold'}: a token with a cache is {faster[0]:.0f} times faster at {lengths[0]} and "
-        f"{faster[-1]:.0f} times at {lengths[-1]}; growth exponents over the last lengths {numbers['growth']}."
+        f"{faster[-1]:.0f} times at {lengths[-1]}; growth exponents over the last lengths: "
+        f"{growth['with']:.2f} with, {growth['without']:.2f} without."
     )
     return Result(numbers, verdict, (0,))
 

@@ -64,7 +64,8 @@ def dead(effort: float) -> Result:
             shares[name].append(small.mean(seen.fractions().values()))
         numbers[f"{name}: share of dead units by seed"] = shares[name]
     holds = min(shares["ReLU"]) > 0.001 and max(shares["GELU"]) < 0.001
-    verdict = f"{'Holds' if holds else 'Does not hold'}: dead units by seed: ReLU {shares['ReLU']}, GELU {shares['GELU']}."
+    told = "; ".join(f"{name} {', '.join(f'{share:.1%}' for share in row)}" for name, row in shares.items())
+    verdict = f"{'Holds' if holds else 'Does not hold'}: dead units by seed: {told}."
     return Result(numbers, verdict, seeds)
 
 
@@ -211,8 +212,9 @@ def norm_speed(effort: float) -> Result:
     gap = small.paired(losses["layer"], losses["rms"])
     numbers |= {"layer's time over rms's": ratios, "held-out loss": losses, "rms less layer, nats": gap}
     faster = min(ratios.values()) > 1.1
+    told = " and ".join(f"{ratio:.2f} ({dtype})" for dtype, ratio in ratios.items())
     verdict = (
-        f"{'Holds' if faster else 'Does not hold here'} for speed: LayerNorm takes {ratios} times RMSNorm's processor time alone; the loss "
+        f"{'Holds' if faster else 'Does not hold here'} for speed: LayerNorm takes {told} times RMSNorm's processor time alone; the loss "
         f"differs by {gap['mean']:+.4f} ({gap['low']:+.4f} to {gap['high']:+.4f}) nats. No GPU."
     )
     return Result(numbers, verdict, seeds)
