@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trivium.core import log as log_module
-from trivium.core.device import device, dtype
+from trivium.core.device import device, dtype, let_go
 from trivium.core.errors import ConfigError
 from trivium.core.home import home
 from trivium.core.log import layout, log
@@ -36,6 +38,27 @@ def test_generators_are_independent_of_what_was_drawn():
     torch.randn(3)
     assert torch.equal(first, torch.randn(4, generator=generator(1, "x")))
     assert not torch.equal(first, torch.randn(4, generator=generator(1, "y")))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_mapped_weights_that_are_let_go_leave_memory_and_come_back(tmp_path):
+    def resident() -> float:
+        """MB of mapped files."""
+        found = re.search(r"RssFile:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        return int(found[1]) / 1e3
+
+    torch.arange(2**24, dtype=torch.int32).numpy().tofile(tmp_path / "weights")
+    mapped = torch.from_file(str(tmp_path / "weights"), size=2**24, dtype=torch.int32)
+    first, second = mapped[: 2**23 + 5], mapped[2**23 + 5 :]  # not at the edge of a page
+    first.sum(), second.sum()
+    before = resident()
+    let_go(first)
+    assert 30 < before - resident() < 35  # of 33.6 and 33.6
+    assert torch.equal(mapped, torch.arange(2**24, dtype=torch.int32))
+    own = torch.ones(4)
+    let_go(own)
+    assert own.sum() == 4
 
 
 def test_devices_and_dtypes_by_name():

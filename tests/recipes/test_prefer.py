@@ -186,6 +186,22 @@ def test_a_cached_reference_is_used_again_and_only_where_it_belongs(config, tmp_
     assert not (tmp_path / "other").exists()  # none of them came to a first step
 
 
+@pytest.mark.parametrize(("objective", "adapter"), [(DPO(), None), (KTO(), LoRA(rank=4, alpha=8.0))], ids=["cached", "labels"])
+def test_sets_are_mixed_by_weight(objective, adapter, config, tmp_path, capsys):
+    polite, counted = config.data[0], str(write(tmp_path / "more.jsonl", count=20, first=50))
+    config = config.replace(objective=objective, adapter=adapter, data=(f"{polite}:3", f"{counted}:1"), train=TRAIN.replace(steps=8))
+    prefer(config, bundle=bundle())
+    found = [row["loss"] for row in history.read(Path(config.out))]
+    assert "mixture" in capsys.readouterr().err and len(found) == 8
+    kept = {path.name for path in Path(config.out).glob("reference*")}
+    assert kept == ({"reference.safetensors", "reference-1.safetensors", "reference-validation.safetensors"} if adapter is None else set())
+    even = config.replace(data=(f"{polite}:1", f"{counted}:1"), out=str(tmp_path / "even"))
+    prefer(even, bundle=bundle())
+    assert [row["loss"] for row in history.read(Path(even.out))] != found
+    with pytest.raises(ConfigError, match="has no weight"):
+        prefer(config.replace(data=(f"{polite}:3", counted)), bundle=bundle())
+
+
 @pytest.mark.parametrize(
     ("objective", "adapter"),
     [(DPO(), LoRA(rank=4)), (IPO(), None), (KTO(), None), (ORPO(), None)],

@@ -174,7 +174,7 @@ def test_reward_models_learn_margins_and_refuse_other_objectives(config):
 def test_what_is_judged(config):
     """The same whatever stands beside it in a batch, with either kind of head."""
     model = with_reward_head(bundle(), seed=0)
-    bank, _ = prepared(config, model)
+    ((bank, _),), _ = prepared(config, model)
     found = judged(model.model, bank, rows=3)
     assert found.keys() == {"accuracy", "calibration_error", "loss", "margin"} and 0 <= found["accuracy"] <= 1
     assert found == pytest.approx(judged(model.model, bank, rows=4), abs=1e-5)

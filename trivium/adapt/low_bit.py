@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, SerializeAsAny, field_validator
 from torch import nn
 
+from ..core.device import let_go
 from ..core.errors import ConfigError, TriviumError
 from ..models.count import bytes_of
 from ..models.model import BuiltModel
@@ -99,6 +100,7 @@ def pack_weights(model: M) -> M:
     to be saved is saved before."""
     for name, module in _low_bit(model).items():
         replace_module(model, name, module.packed())
+        let_go(module.weight)
     return model.eval()
 
 

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from ..core.device import let_go
 from ..core.errors import ConfigError, TriviumError
 from ..models.model import BuiltModel
 from ..models.transformer import TransformerModel, share
@@ -92,6 +93,7 @@ class Nf4(Pass):
                 made.take(linear.weight)
             except ConfigError as error:
                 raise ConfigError(f"nf4: {name} {error}", value=name) from None
+            let_go(linear.weight)
         return made
 
 

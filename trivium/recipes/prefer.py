@@ -31,6 +31,7 @@ from ..train.rewards import BradleyTerry
 from ..train.run import Run
 from .data import bank as token_bank
 from .load import Bundle
+from .mixture import Sets, mixture, say_mixture
 from .needs import announce, foresee
 from .sft import ALIASES as SFT_ALIASES
 from .sft import SFT, keep_result, loss_on, started, trained
@@ -44,7 +45,10 @@ SHORTEN = "take simpo or dpo with objective.per_token, or balance the rows"
 class Pairs(SFT):
     """A run whose rows are pairs."""
 
-    data: tuple[str, ...] = Field(min_length=1, description="rows of pairs, or of judged answers: files, folders or globs")
+    data: tuple[str, ...] = Field(
+        min_length=1,
+        description="rows of pairs, or of judged answers: files, folders or globs; FILE:2 is one set of several, with its weight",
+    )
     length: int = Field(512, ge=2, description="tokens in one side of a pair; a packed row has room for two")
     max_same: int | None = Field(0, ge=0, description="how many pairs may have two sides alike, and are left out; null: any number")
     train: TrainConfig = Field(TrainConfig(rows=4), description="how long and how")
@@ -96,7 +100,7 @@ def plan(config: Prefer, *, bundle: Bundle | None = None) -> dict[str, Any]:
     apply_passes(bundle.model, config.passes)
     needed = foresee(config, bundle.model, stand_in(config, train), adapter=config.adapter)
     log.table("plan", ("what", "how much"), needed.rows())
-    return {"data": facts(train), "needs": needed.to_dict()}
+    return {"data": described(train), "needs": needed.to_dict()}
 
 
 def check(config: Prefer) -> None:
@@ -121,40 +125,49 @@ def reference_of(config: Prefer) -> Literal["adapter", "cached"] | None:
     return config.reference
 
 
-def prepared(config: Pairs, bundle: Bundle) -> tuple[Prepared, Prepared | None]:
-    """The training and validation rows as token banks of pairs, shown on the log with the first pair's labels."""
-    found: list[Prepared] = []
-    for name, paths in (("training", config.data), ("validation", config.validation)):
-        if not paths:
-            continue
-        bank = token_bank(
-            paths,
-            bundle.prompt,
-            length=config.length,
-            feeds="labels" if isinstance(config.objective, KTO) else "preference",
-            format=config.format,
-            turns=config.turns,
-            too_long=config.too_long,
-            max_dropped=config.max_dropped,
-            max_empty=config.max_empty,
-            max_same=config.max_same,
-        )
-        longest = int(bank.index["length"].max(initial=0))
-        check_length(bundle.spec.context, longest, what=f"{name} data: the longest side has", field="data")
-        log.table(f"{name} data", ("what", "value"), [(what, str(value)) for what, value in facts(bank).items()])
-        if (doubt := lopsided(bank)) is not None:
-            log.warn(f"{name} data: {doubt}")
-        found.append(bank)
+def prepared(config: Pairs, bundle: Bundle) -> tuple[Sets, Prepared | None]:
+    """The training rows as token banks of pairs with their weights, and the validation rows, shown on the log with the first pair's
+    labels."""
+    train = [(_bank(config, bundle, paths, name="training"), weight) for paths, weight in mixture(config.data)]
+    validation = _bank(config, bundle, config.validation, name="validation") if config.validation else None
+    say_mixture(train, config.train)
     for row, what in enumerate(("learned from", "compared with it" if not isinstance(config.objective, KTO) else "its mismatch")):
-        log.say(f"{what} in the first rows:\n" + paint(spans(found[0], row, bundle.tokenizer), color=log.color))
-    return found[0], found[1] if config.validation else None
+        log.say(f"{what} in the first rows:\n" + paint(spans(train[0][0], row, bundle.tokenizer), color=log.color))
+    return train, validation
+
+
+def _bank(config: Pairs, bundle: Bundle, paths: tuple[str, ...], *, name: str) -> Prepared:
+    bank = token_bank(
+        paths,
+        bundle.prompt,
+        length=config.length,
+        feeds="labels" if isinstance(config.objective, KTO) else "preference",
+        format=config.format,
+        turns=config.turns,
+        too_long=config.too_long,
+        max_dropped=config.max_dropped,
+        max_empty=config.max_empty,
+        max_same=config.max_same,
+    )
+    longest = int(bank.index["length"].max(initial=0))
+    check_length(bundle.spec.context, longest, what=f"{name} data: the longest side has", field="data")
+    log.table(f"{name} data", ("what", "value"), [(what, str(value)) for what, value in facts(bank).items()])
+    if (doubt := lopsided(bank)) is not None:
+        log.warn(f"{name} data: {doubt}")
+    return bank
+
+
+def described(train: Sets) -> dict[str, Any] | list[dict[str, Any]]:
+    """What a plan says of the rows: of one set its facts, of several each one's."""
+    found = [facts(bank) for bank, _ in train]
+    return found[0] if len(found) == 1 else found
 
 
 def facts(bank: Prepared) -> dict[str, Any]:
     """What there is in a bank of pairs. Lengths are of answers, in tokens."""
     first, second = bank.index["supervised"][0::2], bank.index["supervised"][1::2]
     label = bank.values.get("label")
-    told = {
+    found = {
         "examples": bank.facts.examples,
         "format": bank.facts.format,
         "pairs" if label is None else "judged answers": len(first),
@@ -162,18 +175,18 @@ def facts(bank: Prepared) -> dict[str, Any]:
         "packed rows": len(bank.bins),
     }
     if label is None:
-        told |= {
+        found |= {
             "mean length of chosen": round(float(first.mean()), 1),
             "mean length of rejected": round(float(second.mean()), 1),
             "chosen is longer": round(float((first > second).mean()), 3),
         }
     else:
-        told |= {"liked": int((label > 0).sum()), "disliked": int((label < 0).sum())}
+        found |= {"liked": int((label > 0).sum()), "disliked": int((label < 0).sum())}
     for kind in ("same", "empty", "dropped", "truncated"):
         tally = getattr(bank.facts, kind)
         if tally.count:
-            told[kind] = f"{tally.count}: {', '.join(tally.first)}{', ...' if tally.count > len(tally.first) else ''}"
-    return told
+            found[kind] = f"{tally.count}: {', '.join(tally.first)}{', ...' if tally.count > len(tally.first) else ''}"
+    return found
 
 
 def lopsided(bank: Prepared) -> str | None:
@@ -187,22 +200,23 @@ def lopsided(bank: Prepared) -> str | None:
     return None
 
 
-def stand_in(config: Prefer, train: Prepared) -> Prepared:
+def stand_in(config: Prefer, train: Sets) -> Sets:
     """`train` as it will be once it has a reference, for planning: with zeros, where it is to be cached."""
     if reference_of(config) != "cached":
         return train
-    return replace(train, values={**train.values, VALUE: np.zeros(len(train), np.float32)})
+    return [(replace(bank, values={**bank.values, VALUE: np.zeros(len(bank), np.float32)}), weight) for bank, weight in train]
 
 
-def with_reference(config: Prefer, bundle: Bundle, train: Prepared, validation: Prepared | None) -> tuple[Prepared, Prepared | None]:
+def with_reference(config: Prefer, bundle: Bundle, train: Sets, validation: Prepared | None) -> tuple[Sets, Prepared | None]:
     """The banks with the log-probabilities of `bundle`'s model, as it stands now."""
     path = Path(config.reference_file) if config.reference_file else Path(config.out) / "reference.safetensors"
     weights = bundle.weights()
-    train = referred(bundle.model, train, path, weights=weights, rows=config.train.rows)
-    if validation is not None:
-        path = path.with_name(f"{path.stem}-validation{path.suffix}")
-        validation = referred(bundle.model, validation, path, weights=weights, rows=config.train.rows)
-    return train, validation
+
+    def with_its(bank: Prepared, of: str) -> Prepared:
+        return referred(bundle.model, bank, path.with_name(path.stem + of + path.suffix), weights=weights, rows=config.train.rows)
+
+    found = [(with_its(bank, f"-{number}" if number else ""), weight) for number, (bank, weight) in enumerate(train)]
+    return found, None if validation is None else with_its(validation, "-validation")
 
 
 def doubts(rows: Sequence[Mapping[str, Any]], *, remedy: str = SHORTEN) -> list[str]:

@@ -34,7 +34,7 @@ from ..train.rewards import BradleyTerry, calibration_error, reliability, reward
 from ..train.run import Run
 from .load import Bundle
 from .needs import announce, foresee
-from .prefer import Pairs, doubts, facts, prepared
+from .prefer import Pairs, described, doubts, prepared
 from .sft import ALIASES as SFT_ALIASES
 from .sft import keep_config, started, trained
 from .task_model import family_of, padded
@@ -93,7 +93,7 @@ def plan(config: RewardModel, *, bundle: Bundle | None = None) -> dict[str, Any]
     apply_passes(bundle.model, config.passes)
     needed = foresee(config, bundle.model, train, adapter=config.adapter)
     log.table("plan", ("what", "how much"), needed.rows())
-    return {"data": facts(train), "needs": needed.to_dict()}
+    return {"data": described(train), "needs": needed.to_dict()}
 
 
 def check(config: RewardModel) -> None:
@@ -103,7 +103,7 @@ def check(config: RewardModel) -> None:
 
 
 def _trained(config: RewardModel, given: Bundle) -> tuple[Run, Tensor]:
-    """One member; and the rewards of the held-out rows, or of the training rows where there are none."""
+    """One member; and the rewards of the held-out rows, or of the (first) training set where there are none."""
     out = Path(config.out)
     bundle = with_reward_head(given, seed=config.train.seed)
     train, validation = prepared(config, bundle)
@@ -115,11 +115,11 @@ def _trained(config: RewardModel, given: Bundle) -> tuple[Run, Tensor]:
         log.warn(text)
     bundle.model.passes = tuple(step for step in bundle.passes if step.lasting)
     if config.adapter is not None:
-        _merged(bundle, probe=train)
+        _merged(bundle, probe=train[0][0])
     bundle = padded(bundle)
     made = bundle.since("reward", config=config.to_dict(), base=bundle.digest)
     path = made.save(out / "model", family=family_of(bundle), overwrite=True)
-    found = rewards_of(bundle.model, validation or train, rows=config.train.rows)
+    found = rewards_of(bundle.model, validation or train[0][0], rows=config.train.rows)
     metrics = dict(done.metrics)
     if validation is not None:
         metrics |= _told(found[0::2] - found[1::2], out, what="on held-out pairs")
