@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.tiny import tiny, tokens
+from trivium.adapt.adapter import remove_adapter
 from trivium.adapt.lora import LoRA, adapter_tensors, adapters, initialize_adapter, merge, unmerge, updates
 from trivium.adapt.passes import apply_passes, linears
 from trivium.models.presets import llama, presets
@@ -141,6 +142,9 @@ def test_ten_thousand_times_fewer_parameters_is_the_arithmetic_of_gpt3():
     assert 9_000 < 174_600_000_000 / trained < 10_000 and 9_000 < total / trained < 10_000
     small = build(presets.get("smollm2-135m")())
     whole = sum(p.numel() for p in small.parameters())
+    LoRA(rank=4, targets=("q", "v")).apply(small)
+    assert sum(p.numel() for p in small.parameters() if p.requires_grad) == 230_400
+    remove_adapter(small)
     LoRA(rank=16).apply(small)
     assert 25 < whole / sum(p.numel() for p in small.parameters() if p.requires_grad) < 30
 

@@ -257,6 +257,7 @@ class Loud(Activation):
 LOUD = '{"dim": 8, "vocab": 9, "layers": ["a"], "blocks": {"a": {"ffn": {"kind": "mlp", "hidden": 4, "activation": "loud"}}}}'
 
 
+@pytest.mark.slow
 def test_import_makes_parts_known_where_the_user_says_so(tmp_path):
     """Before any command, as often as it is given; a file in or beside what is read is never run by itself."""
     (tmp_path / "loud.py").write_text(PART)

@@ -21,6 +21,7 @@ def prompt(request: pytest.FixtureRequest) -> Prompt:
     return Prompt.load(directory, Tokenizer.load(directory))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", ["all", "last"])
 def test_the_bank_holds_the_rows_of_the_contract(prompt: Prompt, turns):
     prepared = prepare([{"messages": CHAT}], prompt, length=512, turns=turns)

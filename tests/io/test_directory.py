@@ -360,6 +360,7 @@ def test_killed_at_every_fsync_and_rename(saved):
     assert outcomes == [9] * (len(outcomes) - 1) + [0] and len(outcomes) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.concept("X.88", part="io/directory.py")
 @pytest.mark.parametrize("name", ["tokenizer-llama3", "tokenizer-qwen3"])
 def test_transformers_loads_the_whole_directory(tmp_path, name):

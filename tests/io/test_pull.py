@@ -109,6 +109,7 @@ def test_a_cached_file_is_hashed_only_when_it_may_have_changed(
     assert hashed == [path]  # the new time was noted
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_fetched_again(index: Path, capsys: pytest.CaptureFixture[str]):
     path = pull("toy").path
     path.write_bytes(GGUF[:-1] + b"!")

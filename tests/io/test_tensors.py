@@ -160,6 +160,7 @@ def test_every_truncation_is_refused(tmp_path, sound):
             read_file(tmp_path / "x.safetensors")
 
 
+@pytest.mark.slow
 def test_mutated_files_read_or_are_refused(tmp_path, sound):
     chance, ends = random.Random(0), set()
     for _ in range(1500):

@@ -11,6 +11,8 @@ import pytest
 
 from tests.recipes.toys import Done, Trivium
 
+pytestmark = pytest.mark.slow
+
 TOY = ("--train_rows", "24", "--test_rows", "4", "--length", "256", "--adapter.rank", "4")
 VOID = {"meta"}
 

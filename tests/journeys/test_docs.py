@@ -202,6 +202,7 @@ def test_navigation_holds_every_page():
     assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 
 
+@pytest.mark.slow
 def test_site_builds(tmp_path):
     """Strictly: a link to a page or a heading that is not there is an error."""
     pytest.importorskip("zensical", reason="make docs installs it")

@@ -204,6 +204,7 @@ def test_contributed_files_are_in_house_style(contributed):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_contributed_parts_are_found_by_name(contributed):
     """By configs and options, without any list to add them to."""
     copy, _ = contributed

@@ -144,6 +144,7 @@ def compiled() -> list[str]:
     return made
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu(compiler):
     assert compiler(compiled) == ["_forward", "_backward_queries", "_backward_keys"]
 

@@ -73,6 +73,7 @@ def test_budgets_match(room, tmp_path, monkeypatch):
     assert (deep.steps, flat.steps) == (150, 600)
 
 
+@pytest.mark.slow
 def test_a_table_with_intervals_and_a_curve_and_going_on(room, tmp_path, monkeypatch):
     config = job(room, tmp_path / "out", "blocks.*.mixer.position=rope,none", amount=1200)
     ran = []

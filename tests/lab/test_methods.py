@@ -109,6 +109,7 @@ def test_what_another_process_is_at_is_left_to_it(toy, tmp_path):
     assert made == ["b"] and lines[first.id]["by"] == "another"
 
 
+@pytest.mark.slow
 def test_pairs_are_learned_and_scored(toy, tmp_path):
     job = Preferring(
         model=str(toy), pairs=str(write_pairs(tmp_path / "pairs.jsonl")), rows=1, length=96, train=12, test=4, asked=2, **SMALL
@@ -133,6 +134,7 @@ def test_pairs_are_learned_and_scored(toy, tmp_path):
         job.replace(train=30).split(0)
 
 
+@pytest.mark.slow
 def test_every_way_fits_the_model_that_is_measured():
     """SmolLM2-135M's shape, without storage: what each way trains."""
     spec = presets.llama(dim=576, layers=30, heads=9, kv_heads=3, hidden=1536, vocab=49152, tied=True)

@@ -70,6 +70,7 @@ def test_what_is_sampled_is_words_until_the_end(given):
     assert (drawn.words[ended] == END).all() and (drawn.words[~ended] >= FIRST).all()
 
 
+@pytest.mark.slow
 def test_every_arm_gives_a_policy(given):
     for name, arm in preferences.ARMS.items():
         made = arm(given)

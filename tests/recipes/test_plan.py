@@ -120,6 +120,7 @@ def test_less_is_planned_for_what_takes_less():
     assert peaks["recompute"] < peaks["full"] and peaks["micro"] < peaks["full"] and peaks["lora"] < peaks["full"] < peaks["fp32"]
 
 
+@pytest.mark.slow
 @pytest.mark.concept("X.39", part="recipes/needs.py")
 def test_what_cannot_fit_is_refused_with_what_would(monkeypatch):
     job = training(precision="fp32")

@@ -106,6 +106,7 @@ def test_what_cannot_be_is_refused_before_the_first_step(room, tmp_path):
     assert plan(config(room, tmp_path / "run"))["steps"] == 6 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.concept("X.22", part="recipes/from_scratch.py")
 def test_from_scratch_at_toy_size(tmp_path, trivium):
     """Tokenizer, model, baselines, a completion and an adapter from Python files; a second run goes on from what is there, and one

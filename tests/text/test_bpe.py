@@ -170,6 +170,7 @@ def test_splits_are_the_published_patterns(text):
         assert "".join(piece for piece, _ in pre_tokenizers.Split(Regex(bpe.splits.get(name)), "isolated").pre_tokenize_str(text)) == text
 
 
+@pytest.mark.slow
 def test_a_stream_larger_than_the_allowed_memory_stays_under_it():
     def endless():
         rng = random.Random(0)

@@ -64,6 +64,7 @@ def trained(prompt: Prompt, row: Row) -> str:
     return text_of(prompt, [id for id, on in zip(row.ids, row.targets, strict=True) if on])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_what_serving_sends_equals_transformers(name: str) -> None:
     mine = prompt(name)

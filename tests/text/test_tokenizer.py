@@ -26,6 +26,7 @@ def normalized(name: str, text: str) -> str:
     return {"qwen3": unicodedata.normalize("NFC", text), "gemma3": text.replace("▁", " ")}.get(name, text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_ids_and_text_equal_transformers(name: str) -> None:
     mine, other = ours(name), theirs(name)

@@ -98,6 +98,7 @@ def die_at(directory: Path, number: int) -> None:
         run(directory)
 
 
+@pytest.mark.slow
 def test_killed_at_each_call_that_changes_the_disk(tmp_path):
     whole, calls = run(tmp_path / "again"), count(tmp_path / "whole")
     left = ended(tmp_path / "whole")
@@ -137,6 +138,7 @@ def test_what_is_durable_before_what(tmp_path):
     assert ("rename", ".checkpoint-3") in trace[:gone] and ("rmdir", "checkpoint-2") in trace[gone:]
 
 
+@pytest.mark.slow
 def test_killed_at_random_instants(tmp_path):
     """Killed again and again, without looking where, until it gets through."""
     began = time.perf_counter()

@@ -140,6 +140,7 @@ class Recall:
         return round(epochs)
 
 
+@pytest.mark.slow
 @pytest.mark.concept("T06.01", part="train/loop.py")
 def test_a_task_is_learned_from_chance(tmp_path):
     spec = llama(dim=32, layers=2, heads=4, kv_heads=4, head_dim=8, hidden=64, vocab=VOCAB, context=16)

@@ -64,6 +64,7 @@ def test_tensorboard_reads_them(tmp_path):
     assert {event.step: event.value for event in events.Scalars("loss")} == {1: 11.0, 2: 12.0, 3: 99.0}
 
 
+@pytest.mark.slow
 @pytest.mark.concept("X.60", part="train/trackers.py")
 def test_wandb_offline_holds_the_same_numbers(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
