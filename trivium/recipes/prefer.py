@@ -20,7 +20,6 @@ from ..core.errors import ConfigError
 from ..core.log import log
 from ..data.bank import Prepared
 from ..data.inspect import paint, spans
-from ..models.context import check_length
 from ..optim.optimizers import AdamW, Optimizer
 from ..train import history
 from ..train.loop import TrainConfig
@@ -29,12 +28,11 @@ from ..train.preference import DPO, KTO, Preference
 from ..train.reference import VALUE, referred
 from ..train.rewards import BradleyTerry
 from ..train.run import Run
-from .data import bank as token_bank
 from .load import Bundle
 from .mixture import Sets, mixture, say_mixture
 from .needs import announce, foresee
 from .sft import ALIASES as SFT_ALIASES
-from .sft import SFT, keep_result, loss_on, started, trained
+from .sft import SFT, fitting, keep_result, loss_on, started, trained
 
 FALLEN = 0.02  # nats per token by which the better answers may become less likely before it is said
 BIASED = 0.3  # how much more accurate a model may be where the better answer is the longer
@@ -137,20 +135,8 @@ def prepared(config: Pairs, bundle: Bundle) -> tuple[Sets, Prepared | None]:
 
 
 def _bank(config: Pairs, bundle: Bundle, paths: tuple[str, ...], *, name: str) -> Prepared:
-    bank = token_bank(
-        paths,
-        bundle.prompt,
-        length=config.length,
-        feeds="labels" if isinstance(config.objective, KTO) else "preference",
-        format=config.format,
-        turns=config.turns,
-        too_long=config.too_long,
-        max_dropped=config.max_dropped,
-        max_empty=config.max_empty,
-        max_same=config.max_same,
-    )
-    longest = int(bank.index["length"].max(initial=0))
-    check_length(bundle.spec.context, longest, what=f"{name} data: the longest side has", field="data")
+    feeds = "labels" if isinstance(config.objective, KTO) else "preference"
+    bank = fitting(config, bundle, paths, what=f"{name} data: the longest side has", feeds=feeds, max_same=config.max_same)
     log.table(f"{name} data", ("what", "value"), [(what, str(value)) for what, value in facts(bank).items()])
     if (doubt := lopsided(bank)) is not None:
         log.warn(f"{name} data: {doubt}")

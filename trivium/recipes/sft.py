@@ -202,19 +202,17 @@ def prepared(config: SFT, bundle: Bundle) -> tuple[Sets, Prepared | None]:
 
 
 def _bank(config: SFT, bundle: Bundle, paths: tuple[str, ...], *, name: str) -> Prepared:
-    bank = token_bank(
-        paths,
-        bundle.prompt,
-        length=config.length,
-        format=config.format,
-        turns=config.turns,
-        too_long=config.too_long,
-        max_dropped=config.max_dropped,
-        max_empty=config.max_empty,
-    )
+    bank = fitting(config, bundle, paths, what=f"{name} data: the longest row has")
     log.table(f"{name} data", ("what", "value"), inspect(bank).table())
-    longest = int(bank.index["length"].max(initial=0))
-    check_length(bundle.spec.context, longest, what=f"{name} data: the longest row has", field="data")
+    return bank
+
+
+def fitting(config: SFT, bundle: Bundle, paths: tuple[str, ...], *, what: str, **options: Any) -> Prepared:
+    """Rows as a token bank, with the config's choices and further `options`; `ConfigError`, which begins with `what`, where one is longer
+    than the model's context."""
+    names = ("length", "format", "turns", "too_long", "max_dropped", "max_empty")
+    bank = token_bank(paths, bundle.prompt, **{name: getattr(config, name) for name in names}, **options)
+    check_length(bundle.spec.context, int(bank.index["length"].max(initial=0)), what=what, field="data")
     return bank
 
 
