@@ -20,6 +20,7 @@ from trivium.core.device import dtype
 from trivium.core.errors import TriviumError
 from trivium.data.batch import Batch
 from trivium.data.prepare import prepare
+from trivium.io import directory
 from trivium.kernels import native
 from trivium.models.checkpointing import Recompute
 from trivium.models.ledger import Ledger
@@ -233,3 +234,16 @@ def test_a_running_mean_is_counted(passes: tuple[Pass, ...]):
     plain, mean = needs(training(*passes)), needs(training(*passes, ema=0.9))
     assert mean.memory["average"] == 4 * mean.trained and "average" not in plain.memory
     assert mean.checkpoint == plain.checkpoint + 4 * mean.trained
+
+
+@pytest.mark.skipif(not room.resident(), reason="this system does not say what a process holds")
+def test_weights_of_a_mapped_file_are_held_once_they_were_read(tmp_path):
+    model = initialize(build(llama(dim=256, layers=4, heads=4, kv_heads=4, hidden=1024, vocab=512), device="cpu"), seed=0)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    assert room.held_of(model.parameters()) == size > 15e6
+    directory.write(tmp_path / "model", model)
+    mapped = directory.read(tmp_path / "model").model
+    before = room.held_of(mapped.parameters())
+    assert before < 0.2 * size
+    assert all(parameter.isfinite().all() for parameter in mapped.parameters())
+    assert room.held_of(mapped.parameters()) == pytest.approx(size, rel=0.02)

@@ -15,7 +15,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -286,7 +286,7 @@ def foresee(job: Job, model: TransformerModel, data: Prepared | Sets | Batch, *,
             train=train,
             out=Path(job.out),
         ),
-        held=count.bytes_of(model.parameters()),
+        held=held_of(model.parameters()),
     )
 
 
@@ -303,6 +303,21 @@ def resident() -> int:
     """Bytes that this process holds in memory now; 0 where the system does not say."""
     found = re.search(r"VmRSS:\s+(\d+) kB", _read("/proc/self/status"))
     return int(found[1]) * 1024 if found else 0
+
+
+def held_of(tensors: Iterable[torch.Tensor]) -> int:
+    """How much of `resident` is these tensors: all of them, but of a mapped file no more than the pages that were read."""
+    mappings = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ [1-9]\d* .*\n(?:.*\n)*?Rss: +(\d+) kB", _read("/proc/self/smaps"), re.M)
+    files = [(int(start, 16), int(end, 16), int(held) * 1024) for start, end, held in mappings]
+    own, mapped = 0, dict[int, int]()
+    for tensor in tensors:
+        where = tensor.data_ptr() if tensor.device.type == "cpu" else 0
+        found = next(((start, held) for start, end, held in files if start <= where < end), None)
+        if found is None:
+            own += tensor.nbytes
+        else:
+            mapped[found[0]] = found[1]
+    return own + sum(mapped.values())
 
 
 def available_memory() -> int:
