@@ -42,6 +42,7 @@ from ....evaluate.task import Subject
 from ....infer.sampling import Sampling
 from ....io import files
 from ....io.pull import pull
+from ....models import count
 from ....optim.optimizers import AdamW
 from ....optim.schedules import Cosine
 from ....recipes.demo_task import examples, messages
@@ -279,7 +280,7 @@ def _watched(train: Callable[[], Trained], bundle: Bundle, run: Path) -> Line:
     trained = sum(parameter.numel() for parameter in bundle.model.parameters() if parameter.requires_grad)
     return {
         "trained": trained,
-        "parameters": sum(parameter.numel() for parameter in bundle.model.parameters()),
+        "parameters": count.parameters(bundle.model).total,
         "tokens": sum(step["tokens"] for step in steps),
         "tokens per second": sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps),
         "peak MB": _peak(),

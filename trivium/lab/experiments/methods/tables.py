@@ -18,6 +18,22 @@ from .ways import UNTAUGHT, Way
 Lines = Mapping[str, Sequence[Line]]
 """By way, its lines, one for each seed in order; of `UNTAUGHT` one line, which stands for every seed."""
 POINT = 0.01
+COLUMNS = (  # in the order that they are shown in: a claim's file has them sorted by name
+    "way",
+    "rate",
+    "exact match",
+    "fields right",
+    "pairs told apart",
+    "better side likelier per token",
+    "nats per token of the answer",
+    "log-probability per token of chosen",
+    "tokens of an answer",
+    "forgotten, nats per token of general text",
+    "trained",
+    "share",
+    "tokens per second",
+    "peak MB",
+)
 
 
 def rows_of(lines: Sequence[Line], values: str, seeds: int) -> np.ndarray:
@@ -145,7 +161,7 @@ def preferring(lines: Lines, ways: Mapping[str, Way], *, seeds: int) -> list[dic
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> str:
     """A table for the documentation."""
-    head = list(table[0])
+    head = sorted(table[0], key=COLUMNS.index)
     lines = [head, ["---"] * len(head), *([_cell(name, row[name]) for name in head] for row in table)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
