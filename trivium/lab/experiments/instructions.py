@@ -224,14 +224,12 @@ def instruction_modelling(effort: float) -> Result:
         }
         for weight in weights
     }
-    better = [weight for weight in weights[1:] if gaps[weight]["high"] < 0]
-    worse = [weight for weight in weights[1:] if gaps[weight]["low"] > 0]
     told = "; ".join(
         f"{weight:g}: {gaps[weight]['mean']:+.4f} nats ({gaps[weight]['low']:+.4f} to {gaps[weight]['high']:+.4f}), exact match "
         f"{matches[weight]['mean']:+.3f}"
         for weight in weights[1:]
     )
-    ruling = (
-        "Modelling prompts helps" if better else "Modelling prompts hurts" if len(worse) == 2 else "No difference is settled at this size"
-    )
+    sides = {"helps": [w for w in weights[1:] if gaps[w]["high"] < 0], "hurts": [w for w in weights[1:] if gaps[w]["low"] > 0]}
+    settled = [f"at {', '.join(f'{weight:g}' for weight in found)} it {what}" for what, found in sides.items() if found]
+    ruling = f"Modelling prompts: {' and '.join(settled) or 'no difference is settled at this size'}"
     return Result(numbers, f"{ruling}: held-out loss of answers against masking, by the weight of prompts: {told}.", seeds)
