@@ -65,6 +65,7 @@ def test_terms_of_a_ratio():
     assert pairs.value == pytest.approx(10 / 8 - 6 / 8)
 
 
+@pytest.mark.slow
 @pytest.mark.concept("X.122", part="checks/bootstrap.py")
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 @pytest.mark.parametrize("kind", ["mean", "accuracy", "f1"])

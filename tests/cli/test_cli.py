@@ -228,6 +228,7 @@ def test_fields_of_a_spec_are_described(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_doctor_reports_facts_and_advice():
     found = json.loads(run("doctor", "--quick", "--json").stdout)
     assert set(found) == {"versions", "machine", "torch", "gpu", "cache", "advice"}

@@ -274,6 +274,7 @@ def test_the_fast_way_leaves_thresholds_within_rounding_to_the_naive() -> None:
     assert agree(scores, Filters.of([0] * 3000, [1.0] * 3000, ratio)) == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     st.lists(st.integers(-4, 4), min_size=1, max_size=12),

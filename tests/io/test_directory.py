@@ -341,6 +341,7 @@ def write_and_die(path: Path, new: TransformerModel, at: int) -> int:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_killed_at_every_fsync_and_rename(saved):
     """Whichever call is the last one, the old model or the new one stands there, whole (or both, between the two renames)."""
     whole = [model(seed=seed) for seed in (0, 1)]

@@ -171,6 +171,7 @@ def test_mutated_files_read_or_are_refused(tmp_path, sound):
     assert ends == {"read", "refused"}
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(data=st.binary(max_size=200), text=st.text(max_size=100))
 def test_any_bytes_read_or_are_refused(tmp_path_factory, data, text):

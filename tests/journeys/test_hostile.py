@@ -13,6 +13,8 @@ import pytest
 from tests.journeys.test_main_job import SFT, write_gguf
 from tests.recipes.toys import Trivium, bundle, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 def left(folder: Path) -> list[str]:
     """What lies below `folder`, the cache aside."""

@@ -16,6 +16,8 @@ from trivium.infer.sampling import Sampling
 from trivium.recipes.load import load
 from trivium.train import history
 
+pytestmark = pytest.mark.slow
+
 SFT = ("--length", "160", "--train.rows", "2", "--train.steps", "6", "--optim.lr", "5e-3", "--adapter.rank", "4")
 
 

@@ -90,6 +90,7 @@ class _Touches:
         return (Path.touch, (Path(self.path),))
 
 
+@pytest.mark.slow
 def test_access_tokens_are_never_shown(toy, tmp_path, monkeypatch, capsys):
     """Not by commands that succeed, that fail, or that are debugged; and in no file that they leave."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):

@@ -56,6 +56,7 @@ def test_a_changed_source_is_built_anew_and_the_old_library_goes(folder):
     assert not set(first) & set(second) and sorted(folder.glob("*.so")) == sorted(second)
 
 
+@pytest.mark.slow
 def test_the_environment_switches_it_off():
     environment = {**os.environ, "TRIVIUM_NATIVE": "0"}
     shown = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True).stdout

@@ -75,6 +75,7 @@ def differences(case: dict[str, Any], precision: str) -> dict[str, float]:
     return {name: error(x, name) / max(error(theirs[name], name), 1e-3) for name, x in ours.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.concept("X.38", part="kernels/triton_attention.py")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_interpreted_forward_and_gradients_are_eagers(interpreter, case):
@@ -116,6 +117,7 @@ def model_off(name: str) -> list[float]:
     return [(a - b).abs().max().item() for a, b in zip(*found, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.concept("X.38", part="kernels/triton_attention.py")
 @pytest.mark.concept("T19.04", part="nn/backends.py")
 @pytest.mark.parametrize("name", MIXERS)

@@ -50,6 +50,7 @@ def job(room, out, *vary: str, **changes) -> Ablate:
     return Ablate(**{**values, **changes})
 
 
+@pytest.mark.slow
 def test_variants_differ_in_what_was_asked_and_nothing_else(room, tmp_path):
     first, second = plan(job(room, tmp_path))
     assert (first.name, second.name) == ("position=rope", "position=none") and first.changes == ()
@@ -61,6 +62,7 @@ def test_variants_differ_in_what_was_asked_and_nothing_else(room, tmp_path):
     assert len(grid[-1].config.model.layers) == 1 and grid[-1].facts["parameters"] < grid[0].facts["parameters"]
 
 
+@pytest.mark.slow
 def test_budgets_match(room, tmp_path, monkeypatch):
     vary = "layers=[layer, layer, layer, layer],[layer]"
     deep, flat = plan(job(room, tmp_path, vary, amount=4000))
@@ -129,6 +131,7 @@ def test_bad_budgets_and_bases(room, tmp_path):
         job(room, tmp_path).replace(validation=())
 
 
+@pytest.mark.slow
 def test_the_command_line(room, tmp_path, trivium):
     options = [
         "--base", room / "base.yaml", "--vary", "blocks.*.ffn.gated=true,false", "--tokenizer", room / "tok", "--data", room / "train.jsonl",

@@ -51,6 +51,7 @@ def write_pairs(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.concept("X.66", part="lab/experiments/methods/runs.py")
 def test_runs_are_made_once_and_hold_what_was_measured(toy, tmp_path):
     job, made = teaching(toy), []
@@ -177,6 +178,7 @@ def line(right: list[int], nats: float, *, general: float = -3.0) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_verdicts_say_what_the_lines_hold(monkeypatch):
     """Full learns most and forgets most; LoRA is far below it, the bottleneck equal; DoRA is better than LoRA at each rank."""
     all_right, half = [1] * 40, [1, 0] * 20

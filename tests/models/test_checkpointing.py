@@ -124,6 +124,7 @@ def peak(layers: int, policy: Recompute | None) -> int:
     return ledger.peak["tensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.concept("T10.02", part="models/checkpointing.py")
 def test_stretches_of_the_root_of_the_depth_need_the_root_of_the_memory():
     """16 to 64 layers: without it 4 times the memory, with stretches of sqrt(n) about twice."""

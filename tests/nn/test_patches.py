@@ -166,6 +166,7 @@ def scenes(count: int, seed: int) -> torch.Tensor:
     return images
 
 
+@pytest.mark.slow
 @pytest.mark.concept("X.23", part="models/image_tokens.py")
 def test_training_makes_images_come_back():
     """On images that it has not seen, by 4 decibels more than from their mean. The table is used, and is trained by its own term."""

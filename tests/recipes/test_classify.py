@@ -263,6 +263,7 @@ def test_rows_that_cannot_be_learned(toy: Path, tmp_path: Path, lines, more, mes
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_command(toy: Path, trivium: Trivium, rows):
     flags = ("--train.steps", "2", "--train.rows", "4", "--length", "32", "--out", "runs/a")
     planned = trivium.ok("classify", "train", "--model", toy, "--data", rows[0], *flags, "--dry-run", "--json").json

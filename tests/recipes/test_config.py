@@ -28,6 +28,7 @@ def losses(path):
     return [row["loss"] for row in history.read(path)]
 
 
+@pytest.mark.slow
 @pytest.mark.concept("X.61", part="recipes/sft.py")
 def test_the_same_yaml_and_seed_give_the_same_run(trivium, toy, tmp_path):
     write_rows(tmp_path / "rows.jsonl", count=16)

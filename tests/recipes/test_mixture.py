@@ -67,6 +67,7 @@ def config(toy: Path, tmp_path: Path, **more: object) -> SFT:
                           "train": {"steps": 6, "rows": 2, "precision": "fp32", "save_every": 3}, "adapter": {"rank": 2}, **more})  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sft_takes_what_was_planned(toy: Path, tmp_path: Path, capsys):
     asked = config(toy, tmp_path)
     sets, _ = prepared(asked, load(toy))
@@ -128,3 +129,5 @@ def test_the_command_takes_a_list(toy: Path, trivium: Trivium):
     found = trivium.ok("sft", "--model", toy, "--data", "[a.jsonl:2, b.jsonl:1]", "--length", "200", "--dry-run", "--json").json
     assert found["config"]["data"] == ["a.jsonl:2", "b.jsonl:1"] and len(found["data"]) == 2
     assert "has no weight" in trivium.refused("sft", "--model", toy, "--data", "[a.jsonl:2, b.jsonl]", "--length", "200")
+    Path("empty.jsonl").touch()
+    assert "empty.jsonl: no rows" in trivium.refused("sft", "--model", toy, "--data", "[a.jsonl:2, empty.jsonl:1]", "--length", "200")

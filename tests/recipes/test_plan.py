@@ -202,6 +202,7 @@ def test_the_heaviest_batch_holds_the_longest_rows():
     assert found.training.steps == 4 and found.training.tokens == pytest.approx(np.sum(bank.index["length"]) * 8 / 7, abs=1)
 
 
+@pytest.mark.slow
 def test_the_command(monkeypatch, capsys):
     def load(_name, *, dtype, extend):
         assert extend is None

@@ -330,6 +330,7 @@ def test_a_run_that_learns_length_says_so(config, capsys):
 # The command
 
 
+@pytest.mark.slow
 def test_the_command(trivium, toy, tmp_path):
     write(tmp_path / "pairs.jsonl")
     flags = ["--model", toy, "--data", "pairs.jsonl", "--length", "96", "--train.steps", "2", "--train.rows", "2", "--out", "run"]

@@ -69,6 +69,7 @@ def test_a_new_model_learns_is_kept_and_loads_elsewhere(room, tmp_path):
     assert AutoTokenizer.from_pretrained(run.path)("def add").input_ids == ours.tokenizer.encode("def add")
 
 
+@pytest.mark.slow
 def test_interrupted_is_uninterrupted(room, tmp_path, monkeypatch):
     whole = pretrain(config(room, tmp_path / "whole"))
     real, calls = loop._Update.__call__, []

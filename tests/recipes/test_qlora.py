@@ -33,6 +33,7 @@ def config(toy: Path, tmp_path: Path, **more: object) -> SFT:
     return validate(SFT, {**given, "train": {"steps": 2, "rows": 1, "precision": "fp32"}, **more})
 
 
+@pytest.mark.slow
 @pytest.mark.concept("T06.04", part="recipes/load.py")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "prefix"])
@@ -93,6 +94,7 @@ JOBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.concept("T06.04", part="recipes/needs.py")
 @pytest.mark.parametrize("name", JOBS)
 @pytest.mark.parametrize("optim", [None, AdamW8bit(lr=1e-3, smallest=64)], ids=["adamw", "adamw8bit"])
@@ -103,6 +105,7 @@ def test_memory_is_planned_to_the_byte(name, optim):
     assert own == found
 
 
+@pytest.mark.slow
 @pytest.mark.concept("T06.04", part="recipes/needs.py")
 def test_weights_and_states_as_planned_are_those_that_are_held():
     plain, quantized = needs(training(LoRA(rank=4))), needs(JOBS["qlora"])

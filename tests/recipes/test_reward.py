@@ -211,6 +211,7 @@ def test_what_cannot_be_scored(config, tmp_path):
 # The command
 
 
+@pytest.mark.slow
 def test_the_command(trivium, toy, tmp_path):
     write(tmp_path / "pairs.jsonl", pairs(6))
     flags = ["--model", toy, "--data", "pairs.jsonl", "--length", "96", "--train.steps", "2", "--train.rows", "2", "--out", "run"]

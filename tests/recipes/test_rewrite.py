@@ -89,6 +89,7 @@ def test_ctrl_c_leaves_what_was_there(trivium: Trivium, tmp_path: Path, monkeypa
     assert (tmp_path / "old.jsonl").read_text() == "{}\n"
 
 
+@pytest.mark.slow
 def test_curate_keeps_what_went_and_why(trivium: Trivium, toy: Path, tmp_path: Path):
     rows = write_rows(tmp_path / "rows.jsonl", count=8)
     rows.write_text(rows.read_text() * 2)
@@ -126,6 +127,7 @@ def test_losses_are_the_models():
     assert sorted(place for group in groups for place in group) == list(range(5)) and groups[0] == [2]
 
 
+@pytest.mark.slow
 @pytest.mark.concept("X.45", part="recipes/curate.py")
 def test_a_trained_model_ranks_swapped_answers_last():
     """A model that has learned what belongs together puts answers to other questions last: AUC over 0.9 by gain."""

@@ -150,6 +150,7 @@ def test_hostile_templates_are_stopped(name: str, monkeypatch: pytest.MonkeyPatc
     assert len(str(caught.value)) < 700
 
 
+@pytest.mark.slow
 def test_hostile_templates_take_little_memory() -> None:
     for name in ("doubled by plus", "many long texts", "slices on a stack", "joined by long text"):
         tracemalloc.start()

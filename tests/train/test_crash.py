@@ -156,6 +156,7 @@ def test_killed_at_random_instants(tmp_path):
         assert ended(directory) == left
 
 
+@pytest.mark.slow
 def test_no_space_keeps_the_last_good_checkpoint(tmp_path):
     whole, calls = run(tmp_path / "again"), count(tmp_path / "whole")  # in this order: a first run may also write what a library caches
     left = ended(tmp_path / "whole")
@@ -182,6 +183,7 @@ def test_no_space_keeps_the_last_good_checkpoint(tmp_path):
         assert ended(directory) == left
 
 
+@pytest.mark.slow
 def test_resumed_after_an_end_at_every_step(tmp_path):
     """The real modules with LoRA, dropout, accumulation and validation, stopped after each step by a signal."""
     whole, done = train(tmp_path / "whole")

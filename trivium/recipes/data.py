@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -36,8 +37,11 @@ def bank(
     Raises `DataError` for a folder that was prepared for another tokenizer, template or length.
     """
     if len(data) != 1 or not (Path(data[0]) / META).is_file():
+        records = rows.read(data)
+        if (first := next(records, None)) is None:
+            raise DataError(f"{', '.join(map(str, data))}: no rows: the data is empty")
         return prepare(
-            rows.read(data),
+            chain([first], records),
             prompt,
             length=length,
             feeds=feeds,

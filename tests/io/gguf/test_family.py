@@ -232,6 +232,7 @@ def test_other_architectures_are_named(tmp_path: Path):
         to_hf(open_gguf(finish(writer, tmp_path / "mamba.gguf")))
 
 
+@pytest.mark.slow
 def test_any_mutation_ends_well(tmp_path: Path):
     """A changed header gives a model or our own error."""
     path = write(tmp_path, llama(num_hidden_layers=1, vocab_size=8), metadata={"llama.vocab_size": 8, "tokenizer.ggml.bos_token_id": 1})

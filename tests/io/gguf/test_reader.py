@@ -177,6 +177,7 @@ def test_a_file_cut_anywhere_is_refused(good: Path, tmp_path: Path):
         assert refused(tmp_path, data[:end]), end
 
 
+@pytest.mark.slow
 def test_any_mutation_ends_well(good: Path, tmp_path_factory: pytest.TempPathFactory):
     """Whatever bytes are changed, a file is read or refused with our own error; never slowly."""
     data, folder = good.read_bytes(), tmp_path_factory.mktemp("mutations")
