@@ -14,6 +14,7 @@ import torch
 from tests.tiny import segments_of, tokens
 from trivium.adapt.adapter import adapters
 from trivium.adapt.lora import LoRA, initialize_adapter
+from trivium.adapt.nf4 import Nf4
 from trivium.adapt.passes import Pass, apply_passes
 from trivium.cli import main
 from trivium.core.device import dtype
@@ -248,3 +249,5 @@ def test_weights_of_a_mapped_file_are_held_once_they_were_read(tmp_path):
     assert before < 0.2 * size
     assert all(parameter.isfinite().all() for parameter in mapped.parameters())
     assert room.held_of(mapped.parameters()) == pytest.approx(size, rel=0.02)
+    Nf4().apply(mapped)  # lets go of each full weight
+    assert room.held_of(mapped.parameters()) < 0.3 * size
