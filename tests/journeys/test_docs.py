@@ -169,6 +169,7 @@ def open_elsewhere(path: Path) -> None:
         assert not any(said[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), said
 
 
+@pytest.mark.slow
 def test_generated_parts_are_current():
     """In a process of its own, whose registries hold nothing of other tests."""
     program = (

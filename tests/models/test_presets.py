@@ -152,6 +152,7 @@ def given(spec: Model, length: int) -> Inputs:
     return Inputs(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_preset_builds_starts_runs_and_has_gradients(name):
     assert next(build(ALL[name]()).parameters()).is_meta

@@ -269,6 +269,7 @@ class Family(Exported):
                 values = {json.dumps(config.get(key), sort_keys=True, default=str) for config in configs}
                 assert len(values) > 1, f"{name}: {key} is always {values}"
 
+    @pytest.mark.slow
     @torch.no_grad()
     def test_every_tensor_matters(self, case: Case) -> None:
         """Changing any one tensor on our side alone breaks parity; so does swapping two of one shape."""
@@ -290,6 +291,7 @@ class Family(Exported):
             a.copy_(kept[0])
             b.copy_(kept[1])
 
+    @pytest.mark.slow
     def test_every_key_matters(self, case: Case, tmp_path: Path) -> None:
         """Changing any one key on our side alone breaks parity, is refused, or shows in the spec where it shapes no output."""
         config, before, refused = config_of(case.path), case.read().spec, set()

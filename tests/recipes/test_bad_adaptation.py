@@ -50,6 +50,7 @@ def test_one_clear_error_before_the_first_step(trivium: Trivium, toy: Path, tmp_
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_belongs_to_other_weights(trivium: Trivium, toy: Path, tmp_path: Path):
     """An adapter of another base, and a reference that was computed of one, are told by their hashes."""
     (tmp_path / "rows.jsonl").write_text(json.dumps(GOOD) + "\n")

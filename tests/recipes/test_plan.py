@@ -93,6 +93,7 @@ JOBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.concept("X.39", part="recipes/needs.py")
 @pytest.mark.parametrize("name", [*JOBS, "full on torch"])
 def test_tensors_are_planned_to_the_byte(name):
@@ -117,6 +118,7 @@ def test_kinds_are_told_apart():
     assert full.flops > lora.flops > 0.6 * full.flops
 
 
+@pytest.mark.slow
 def test_less_is_planned_for_what_takes_less():
     peaks = {name: sum(v for k, v in needs(job).memory.items() if k not in ("allocator", "process")) for name, job in JOBS.items()}
     assert peaks["recompute"] < peaks["full"] and peaks["micro"] < peaks["full"] and peaks["lora"] < peaks["full"] < peaks["fp32"]

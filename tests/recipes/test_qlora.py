@@ -123,6 +123,7 @@ def test_the_plan_of_a_run_is_that_of_its_quantized_base(toy: Path):
     assert found[()].parameters == found[(Nf4(),)].parameters and found[(Nf4(),)].memory["weights"] < found[()].memory["weights"]
 
 
+@pytest.mark.slow
 def test_less_memory_is_proposed():
     options = [option for option, _ in training().cheaper()]
     assert options[-1].endswith("--adapter.rank 16 --passes nf4") and options[-2].endswith("--adapter.rank 16")

@@ -78,6 +78,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RewardModel:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.concept("T07.11", part="recipes/reward.py")
 @pytest.mark.parametrize("adapter", [LoRA(rank=4), None], ids=["lora", "full"])
 def test_a_reward_model_tells_held_out_pairs_apart(adapter, config, capsys):
@@ -141,6 +142,7 @@ def test_members_of_an_ensemble_differ_by_their_seeds():
     assert with_reward_head(kept, seed=1) is kept
 
 
+@pytest.mark.slow
 def test_several_members_score_together(config, capsys):
     given = bundle()
     before = given.weights()

@@ -28,6 +28,7 @@ def config(toy: Path, tmp_path: Path, **more: object) -> SFT:
                           "train": {"steps": 2, "rows": 1, "precision": "fp32"}, **more})  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", Adapter.registry)
 def test_train_save_load(toy: Path, tmp_path: Path, kind: str):
     adapter = Adapter.registry.get(kind).tiny()

@@ -74,6 +74,7 @@ def test_what_serving_sends_equals_transformers(name: str) -> None:
                 assert mine.generation(messages[:end]) == their_ids(name, messages[:end], add_generation_prompt=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_rows_equal_transformers_conversations(name: str) -> None:
     """The row of an answer is the conversation up to it, as transformers encodes it, as far as the first stop id."""

@@ -140,6 +140,7 @@ def test_real_templates_equal_transformers(name: str) -> None:
             assert render(template(name), values, date=NOW).text == other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EVIL)
 def test_hostile_templates_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renderer, "MAX_SECONDS", 0.3)

@@ -44,6 +44,7 @@ def test_ids_and_text_equal_transformers(name: str) -> None:
     assert [mine.token(id) for id in (0, 5, mine.vocab_size - 1)] == other.convert_ids_to_tokens([0, 5, mine.vocab_size - 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_what_is_encoded_comes_back(name: str) -> None:
     tokenizer = ours(name)
