@@ -141,7 +141,8 @@ class Budget:
 
 
 def base(seed: int, budget: Budget) -> TransformerModel:
-    """Weights start at 0.1: from the usual 0.02 a model of this width has hardly one skill after as many updates."""
+    """Weights start at 0.1: of ten skills that were tried first, a model of this width had all after 800 updates so, and from the usual
+    0.02 one after 3,000 (one seed)."""
     spec = small.shape(dim=64, layers=3).replace(vocab=side()[0].vocab_size)
     return small.train(spec, steps=budget.base, seed=seed, lr=3e-3, rows=16, data=raw(30_000, seed), std=0.1)[0]
 
